@@ -1,0 +1,219 @@
+/*
+ * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
+ *
+ * Entry points of one compiled variant, called from Python through TVM-FFI. Shapes, dtypes, strides
+ * and alignment are checked by the Python wrapper; what could lead a kernel out of bounds is
+ * checked again here.
+ */
+#include <cuda.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/extra/cuda/device_guard.h>
+#include <tvm/ffi/function.h>
+
+#include <atomic>
+#include <numeric>
+
+#include "etap_mla_kernel.cuh"
+#include "etap_mla_merge.cuh"
+// Last: the variant's DType, kRowTile and kKvLoader.
+#include "etap_mla_config.inc"
+
+namespace etap {
+namespace {
+
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+using Traits = EtapMlaTraits<DType, kRowTile, kKvLoader>;
+
+#define ETAP_CHECK_CUDA(call)                                                              \
+  do {                                                                                     \
+    cudaError_t const status = (call);                                                     \
+    TVM_FFI_CHECK(status == cudaSuccess, RuntimeError)                                     \
+        << "etap_flashinfer: " << #call << " failed: " << cudaGetErrorString(status);      \
+  } while (0)
+
+constexpr int kMaxDevices = 64;
+
+// One CTA of the attention kernel on each SM. Also the first touch of a device: allows the kernel
+// its shared memory there.
+int32_t prepare_device(int32_t device) {
+  static std::atomic<int32_t> num_sms_of[kMaxDevices];
+  TVM_FFI_CHECK(device >= 0 && device < kMaxDevices, ValueError)
+      << "device index " << device << " is outside 0.." << kMaxDevices - 1;
+  int32_t num_sms = num_sms_of[device].load(std::memory_order_acquire);
+  if (num_sms == 0) {
+    ETAP_CHECK_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+    TVM_FFI_CHECK(num_sms <= kMaxCtas, RuntimeError)
+        << "the GPU has " << num_sms << " SMs; the merge kernel is built for at most " << kMaxCtas;
+    ETAP_CHECK_CUDA(cudaFuncSetAttribute(etap_mla_kernel<Traits>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         sizeof(typename Traits::SharedStorage)));
+    num_sms_of[device].store(num_sms, std::memory_order_release);
+  }
+  return num_sms;
+}
+
+// Sizes of the workspace's three arrays, in this order; each is a multiple of 16 bytes.
+struct WorkspacePlan {
+  explicit WorkspacePlan(int64_t num_ctas)
+      : partial_out_bytes(2 * num_ctas * kHeadDimCkv * kRowTile * int64_t(sizeof(float))),
+        partial_ml_bytes(2 * num_ctas * kRowTile * int64_t(sizeof(float2))),
+        descriptor_bytes(num_ctas * int64_t(sizeof(MergeDescriptor))) {}
+  int64_t total() const { return partial_out_bytes + partial_ml_bytes + descriptor_bytes; }
+
+  int64_t const partial_out_bytes, partial_ml_bytes, descriptor_bytes;
+};
+
+int64_t workspace_bytes(int64_t device) {
+  tvm::ffi::CUDADeviceGuard const guard(device);
+  return WorkspacePlan(prepare_device(device)).total();
+}
+
+decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static auto const encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    ETAP_CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                     cudaEnableDefault, &result));
+    TVM_FFI_CHECK(result == cudaDriverEntryPointSuccess && function != nullptr, RuntimeError)
+        << "the CUDA driver has no cuTensorMapEncodeTiled; it needs to support CUDA 12.0";
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  return encoder;
+}
+
+// A pool [num_pages, page_size, columns] read in boxes [rows_per_copy x 64 columns].
+CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy) {
+  auto const type = std::is_same_v<DType, cutlass::bfloat16_t> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  cuuint64_t const sizes[3] = {cuuint64_t(pool.size(2)), cuuint64_t(pool.size(1)),
+                               cuuint64_t(pool.size(0))};
+  // The stride of a dimension of size 1 means nothing and may be anything; give a valid one.
+  int64_t const row_stride = pool.size(1) > 1 ? pool.stride(1) : pool.size(2);
+  int64_t const page_stride = pool.size(0) > 1 ? pool.stride(0) : pool.size(1) * row_stride;
+  cuuint64_t const strides[2] = {row_stride * sizeof(DType), page_stride * sizeof(DType)};
+  cuuint32_t const box[3] = {kBoxColumns, cuuint32_t(rows_per_copy), 1};
+  cuuint32_t const element_strides[3] = {1, 1, 1};
+  CUtensorMap map;
+  CUresult const status = tensor_map_encoder()(
+      &map, type, 3, pool.data_ptr(), sizes, strides, box, element_strides,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  TVM_FFI_CHECK(status == CUDA_SUCCESS, ValueError)
+      << "no tensor map for a cache of shape [" << pool.size(0) << ", " << pool.size(1) << ", "
+      << pool.size(2) << "] with strides [" << pool.stride(0) << ", " << pool.stride(1)
+      << ", 1] elements at " << pool.data_ptr() << " (CUresult " << int(status)
+      << "): strides and address must be multiples of 16 bytes";
+  return map;
+}
+
+void launch_attention(Params const& params, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
+                      int32_t num_ctas, cudaStream_t stream) {
+  etap_mla_kernel<Traits>
+      <<<num_ctas, kThreads, sizeof(typename Traits::SharedStorage), stream>>>(params, ckv_map,
+                                                                              kpe_map);
+  ETAP_CHECK_CUDA(cudaGetLastError());
+}
+
+// A dependent launch: set up while the attention kernel runs, it starts when that has ended.
+void launch_merge(Params const& params, int32_t num_ctas, cudaStream_t stream) {
+  cudaLaunchAttribute dependent;
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = kMergeCtasPerSm * num_ctas;
+  config.blockDim = kMergeThreads;
+  config.stream = stream;
+  config.attrs = &dependent;
+  config.numAttrs = 1;
+  ETAP_CHECK_CUDA(cudaLaunchKernelEx(&config, etap_mla_merge_kernel<Traits>, params, num_ctas));
+}
+
+template <typename T>
+T* pointer(TensorView const& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ckv, TensorView kpe,
+         TensorView qo_indptr, TensorView kv_indptr, TensorView kv_indices, TensorView kv_len_arr,
+         TensorView out, Optional<TensorView> lse, bool causal, double sm_scale, bool lse_base_e) {
+  int32_t const device = q_nope.device().device_id;
+  tvm::ffi::CUDADeviceGuard const guard(device);
+  int32_t const num_ctas = prepare_device(device);
+  WorkspacePlan const plan(num_ctas);
+  int32_t const page_size = ckv.size(1);
+  int32_t const rows_per_copy = std::gcd(page_size, kTokenTile);
+
+  TVM_FFI_CHECK(workspace.numel() >= plan.total(), ValueError)
+      << "the workspace has " << workspace.numel() << " bytes; " << plan.total() << " are needed";
+  TVM_FFI_CHECK(q_nope.size(2) == kHeadDimCkv && q_pe.size(2) == kHeadDimKpe &&
+                    ckv.size(2) == kHeadDimCkv && kpe.size(2) == kHeadDimKpe,
+                ValueError)
+      << "head dimensions must be " << kHeadDimCkv << " (ckv) and " << kHeadDimKpe << " (kpe)";
+  TVM_FFI_CHECK(ckv.size(0) == kpe.size(0) && ckv.size(1) == kpe.size(1), ValueError)
+      << "ckv and kpe must have the same number of pages and the same page size";
+  TVM_FFI_CHECK(qo_indptr.numel() > kv_len_arr.numel() && kv_indptr.numel() > kv_len_arr.numel(),
+                ValueError)
+      << "qo_indptr and kv_indptr must have at least batch + 1 = " << kv_len_arr.numel() + 1
+      << " elements";
+  TVM_FFI_CHECK(q_nope.size(0) * q_nope.size(1) <= INT32_MAX && kv_indices.numel() <= INT32_MAX &&
+                    ckv.size(0) <= INT32_MAX,
+                ValueError)
+      << "queries x heads, kv_indices and pages are counted in 32 bits";
+  TVM_FFI_CHECK(kKvLoader == KvLoader::kGather || rows_per_copy >= 8, ValueError)
+      << "page size " << page_size << " needs the gather loader";
+
+  Params params = {};
+  params.q_nope = q_nope.data_ptr();
+  params.q_pe = q_pe.data_ptr();
+  params.ckv = ckv.data_ptr();
+  params.kpe = kpe.data_ptr();
+  params.q_nope_stride_token = q_nope.stride(0);
+  params.q_nope_stride_head = q_nope.stride(1);
+  params.q_pe_stride_token = q_pe.stride(0);
+  params.q_pe_stride_head = q_pe.stride(1);
+  params.ckv_stride_page = ckv.stride(0);
+  params.ckv_stride_token = ckv.stride(1);
+  params.kpe_stride_page = kpe.stride(0);
+  params.kpe_stride_token = kpe.stride(1);
+  params.qo_indptr = pointer<int32_t>(qo_indptr);
+  params.kv_indptr = pointer<int32_t>(kv_indptr);
+  params.kv_indices = pointer<int32_t>(kv_indices);
+  params.kv_len_arr = pointer<int32_t>(kv_len_arr);
+  params.num_kv_indices = kv_indices.numel();
+  params.batch = kv_len_arr.numel();
+  params.num_heads = q_nope.size(1);
+  params.total_queries = q_nope.size(0);
+  params.num_pages = ckv.size(0);
+  params.page_size = page_size;
+  params.rows_per_copy = rows_per_copy;
+  params.causal = causal;
+  params.scale_log2 = float(sm_scale * 1.4426950408889634);
+  params.lse_factor = lse_base_e ? 0.6931471805599453f : 1.f;
+  params.out = out.data_ptr();
+  params.out_stride_token = out.stride(0);
+  params.out_stride_head = out.stride(1);
+  params.lse = lse.has_value() ? pointer<float>(lse.value()) : nullptr;
+  auto* const bytes = pointer<uint8_t>(workspace);
+  params.partial_out = reinterpret_cast<float*>(bytes);
+  params.partial_ml = reinterpret_cast<float2*>(bytes + plan.partial_out_bytes);
+  params.merge_descriptors = reinterpret_cast<MergeDescriptor*>(bytes + plan.partial_out_bytes +
+                                                                plan.partial_ml_bytes);
+
+  CUtensorMap ckv_map = {}, kpe_map = {};
+  if constexpr (kKvLoader == KvLoader::kTma) {
+    ckv_map = make_pool_map(ckv, rows_per_copy);
+    kpe_map = make_pool_map(kpe, rows_per_copy);
+  }
+  auto const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
+  launch_attention(params, ckv_map, kpe_map, num_ctas, stream);
+  launch_merge(params, num_ctas, stream);
+}
+
+}  // namespace
+}  // namespace etap
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, etap::run);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, etap::workspace_bytes);

@@ -1,0 +1,169 @@
+/*
+ * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
+ *
+ * Sizes, arguments and the shared-memory plan of the ETAP MLA kernels.
+ */
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/numeric_types.h>
+
+#include <cstdint>
+#include <cute/tensor.hpp>
+
+#include "etap_mla_partition.h"
+
+namespace etap {
+
+using namespace cute;
+
+constexpr int kHeadDimCkv = 512;
+constexpr int kHeadDimKpe = 64;
+constexpr int kTokenTile = 64;  // tokens on WGMMA's M, which is 64 for every shape
+
+// A box is [64 tokens x 64 columns], one 128-byte swizzled row a token: the unit of copying and of
+// the shared-memory ring. A token tile is nine boxes: kpe first, because only S = K Q^T needs it
+// and its place is free again soonest, then the eight of ckv.
+constexpr int kBoxColumns = 64;
+constexpr int kBoxesPerTile = (kHeadDimCkv + kHeadDimKpe) / kBoxColumns;
+constexpr int kCkvBoxes = kHeadDimCkv / kBoxColumns;
+constexpr int kBoxElements = kTokenTile * kBoxColumns;
+
+constexpr int kWarpgroupThreads = 128;
+constexpr int kMathWarpgroups = 2;
+constexpr int kMathThreads = kMathWarpgroups * kWarpgroupThreads;
+constexpr int kThreads = kMathThreads + kWarpgroupThreads;
+constexpr int kBoxesPerWarpgroup = kCkvBoxes / kMathWarpgroups;  // of d_v: 256 columns each
+
+// Registers a thread after the producer gave most of its share to the math warpgroups.
+constexpr int kProducerRegisters = 56;
+constexpr int kMathRegisters = 224;
+static_assert((kProducerRegisters + kMathWarpgroups * kMathRegisters) * kWarpgroupThreads <= 65536,
+              "the register file of an SM holds 65,536 registers");
+
+// Warps of the producer warpgroup: 0 and 1 load the cache, 2 and 3 load the queries.
+constexpr int kGatherThreads = 64;
+constexpr int kQueryLoadThreads = 64;
+
+constexpr int kSharedMemoryLimit = 227 * 1024;
+
+// kTma: bulk tensor copies; a page must hold whole groups of 8 rows (one swizzle atom).
+// kGather: 16-byte asynchronous copies, token by token, for every other page size.
+enum class KvLoader { kTma, kGather };
+
+// What the first CTA of a split row tile tells the merge kernel; num_parts is 0 for none.
+struct MergeDescriptor {
+  int32_t num_parts;    // CTAs c, c + 1, ..., c + num_parts - 1 hold one part each
+  int32_t num_rows;     // rows of the tile that exist
+  int64_t packed_row;   // of its first row: query * num_heads + head over the whole batch
+};
+
+struct Params {
+  void const* q_nope;  // [total_queries, num_heads, 512]
+  void const* q_pe;    // [total_queries, num_heads, 64]
+  void const* ckv;     // [num_pages, page_size, 512]
+  void const* kpe;     // [num_pages, page_size, 64]
+  int64_t q_nope_stride_token, q_nope_stride_head;  // strides in elements
+  int64_t q_pe_stride_token, q_pe_stride_head;
+  int64_t ckv_stride_page, ckv_stride_token;
+  int64_t kpe_stride_page, kpe_stride_token;
+
+  int32_t const* qo_indptr;   // [batch + 1]
+  int32_t const* kv_indptr;   // [batch + 1], in pages
+  int32_t const* kv_indices;  // [num_kv_indices]
+  int32_t const* kv_len_arr;  // [batch], in tokens
+  int64_t num_kv_indices;
+  int32_t batch;
+  int32_t num_heads;
+  int32_t total_queries;
+  int32_t num_pages;
+  int32_t page_size;
+  int32_t rows_per_copy;  // kTma: gcd(page_size, 64)
+  bool causal;
+
+  float scale_log2;  // sm_scale * log2(e): the softmax works in powers of two
+  float lse_factor;  // 1, or ln(2) for an LSE to base e
+
+  void* out;  // [total_queries, num_heads, 512]
+  int64_t out_stride_token, out_stride_head;
+  float* lse;  // [total_queries, num_heads], or null
+
+  // Workspace. A CTA leaves at most two partial results: the end of a row tile that began in an
+  // earlier CTA (slot 2c) and the beginning of one that ends in a later CTA (slot 2c + 1).
+  float* partial_out;   // [2 * num_ctas, 512 * row_tile], in the order of accumulator fragments
+  float2* partial_ml;   // [2 * num_ctas, row_tile]: running maximum (base 2) and sum
+  MergeDescriptor* merge_descriptors;  // [num_ctas]
+};
+
+// What one CTA does: tiles [begin, end) of the line, the first of which lies in `first_request`,
+// whose own tiles begin at `first_request_begin`.
+struct CtaWork {
+  Partition partition;
+  int64_t begin, end;
+  int64_t first_request_begin;
+  int32_t first_request;
+};
+
+template <typename DType_, int kRowTile_, KvLoader kKvLoader_>
+struct EtapMlaTraits {
+  using DType = DType_;
+  static constexpr KvLoader kKvLoader = kKvLoader_;
+  static constexpr int kRowTile = kRowTile_;  // packed rows (query x head) on WGMMA's N
+  static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32 || kRowTile == 64,
+                "an accumulator of 256 x row_tile floats must fit a warpgroup's registers");
+
+  // P is kept as a high and a low part of DType each, so that rounding P adds nothing to the
+  // error of the result. Up to 32 rows both parts stand side by side on N, where an instruction is
+  // bound by reading A and the second half is nearly free; with 64 rows they take two passes,
+  // because the accumulators of 128 columns would not fit.
+  static constexpr int kPvColumns = kRowTile <= 32 ? 2 * kRowTile : kRowTile;
+  static constexpr int kPvPasses = 2 * kRowTile / kPvColumns;
+
+  // Rows that one thread sees of an accumulator: 2 neighbours in every 8 columns.
+  static constexpr int kRowsPerThread = kRowTile / 4;
+
+  // Shared-memory operands, all 128-byte swizzled. K and V are the same boxes seen twice:
+  // as K [tokens x columns] and, transposed, as V^T [columns x tokens].
+  static constexpr int kRingBoxes = [] {
+    int const query = kRowTile * (kHeadDimCkv + kHeadDimKpe) * int(sizeof(DType));
+    int const probability = 2 * 2 * kRowTile * kTokenTile * int(sizeof(DType));
+    int const statistics = (3 + 2 * 4) * kRowTile * int(sizeof(float));
+    int const fixed = query + probability + statistics + 192;
+    return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
+  }();
+  static_assert(kRingBoxes >= kBoxesPerTile, "the ring must hold a whole token tile");
+
+  using KAtom = GMMA::Layout_K_SW128_Atom<DType>;
+  using LayoutK = decltype(tile_to_shape(
+      KAtom{}, Shape<Int<kTokenTile>, Int<kBoxColumns>, Int<kRingBoxes>>{}));
+  using LayoutV = decltype(tile_to_shape(
+      GMMA::Layout_MN_SW128_Atom<DType>{},
+      Shape<Int<kBoxColumns>, Int<kTokenTile>, Int<kRingBoxes>>{}));
+  using LayoutQ = decltype(tile_to_shape(
+      KAtom{}, Shape<Int<kRowTile>, Int<kBoxColumns>, Int<kBoxesPerTile>>{}));
+  using LayoutP = decltype(tile_to_shape(
+      KAtom{}, Shape<Int<kPvColumns>, Int<kTokenTile>, Int<2 * kPvPasses>>{}));
+
+  using MmaQk = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<DType, DType, float, Shape<Int<kTokenTile>, Int<kRowTile>, _16>,
+                           GMMA::Major::K, GMMA::Major::K>()));
+  using MmaPv = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<DType, DType, float, Shape<Int<kBoxColumns>, Int<kPvColumns>, _16>,
+                           GMMA::Major::MN, GMMA::Major::K>()));
+
+  struct SharedStorage {
+    alignas(1024) DType ring[kRingBoxes * kBoxElements];
+    alignas(1024) DType query[cosize_v<LayoutQ>];
+    alignas(1024) DType probability[cosize_v<LayoutP>];
+    float row_max[3][kRowTile];      // of the tiles so far; [tile number % 3]
+    float warp_partial[2][4][kRowTile];  // [math warpgroup][warp]: tile maxima, then row sums
+    uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
+    uint64_t query_full, query_empty;
+    uint64_t probability_ready[2];  // [tile parity]
+    CtaWork work;
+  };
+  static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
+};
+
+}  // namespace etap
