@@ -33,7 +33,7 @@ setup(
     install_requires=["torch>=2.5", "jinja2", "filelock", "apache-tvm-ffi>=0.1.11,<0.2"],
     extras_require={
         "flashinfer": ["flashinfer-python>=0.6.14"],
-        "test": ["pytest", "hypothesis", "numpy", "nvidia-cuda-nvdisasm"],
+        "test": ["pytest", "hypothesis", "numpy", "nvidia-cuda-nvdisasm", "setuptools>=77"],
         "bench": ["matplotlib", "tqdm"],
     },
 )

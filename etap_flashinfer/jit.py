@@ -16,7 +16,6 @@ import json
 import os
 import shlex
 import shutil
-import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,6 +132,7 @@ def csrc_sha256() -> str:
 def _flashinfer_jit() -> SimpleNamespace:
     """Import what is used of FlashInfer's JIT (0.6.14 and later), or say why that fails."""
     try:
+        import flashinfer  # alone first: a missing flashinfer.jit would be another defect
         import flashinfer.jit
         from flashinfer.compilation_context import CompilationContext
         from flashinfer.jit import core, cpp_ext, env, utils
@@ -292,7 +292,7 @@ def _explained_build(jit: SimpleNamespace, variant: EtapMlaVariant) -> Iterator[
             yield
     except RuntimeError as error:
         lines = str(error).splitlines()[-_BUILD_LOG_LINES:]
-        log = "\n".join(textwrap.shorten(line, _BUILD_LOG_COLUMNS) for line in lines)
+        log = "\n".join(line[:_BUILD_LOG_COLUMNS] for line in lines)
         raise EtapJitError(
             f"building {variant.name} failed. The CUDA toolkit in use is {cuda_home}; set "
             "CUDA_HOME if that is not the directory that holds bin/nvcc, include and lib64. The "

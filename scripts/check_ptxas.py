@@ -8,6 +8,7 @@ and the output says so.
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -169,7 +170,7 @@ def check_variants(
     """
     commands = [compile_command(variant) for variant in variants]
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda item: check_variant(*item, nvdisasm), zip(variants, commands))
+        yield from pool.map(check_variant, variants, commands, itertools.repeat(nvdisasm))
 
 
 def describe(report: VariantReport) -> str:
