@@ -277,15 +277,15 @@ def _check_build_tools(jit: SimpleNamespace) -> str:
 
 def _no_nvcc(reason: str) -> str:
     return (
-        f"no nvcc to compile the ETAP kernels with: {reason}. Install a CUDA toolkit (12.4 or "
-        "later) and set CUDA_HOME to its directory, or build the modules on another machine with "
+        f"no nvcc to compile the ETAP kernels with: {reason}. Install a CUDA toolkit and set "
+        "CUDA_HOME to its directory, or build the modules on another machine with "
         f"`python -m etap_flashinfer.aot --out DIR` and set {AOT_DIR_ENV}=DIR"
     )
 
 
 @contextmanager
 def _explained_build(jit: SimpleNamespace, variant: EtapMlaVariant) -> Iterator[None]:
-    """Check the tools, aim FlashInfer at Hopper, and turn a failed build into an EtapJitError."""
+    """Check the tools, aim FlashInfer at Hopper, and turn a failed build or load into an EtapJitError."""
     cuda_home = _check_build_tools(jit)
     try:
         with _hopper_target(jit):
@@ -294,7 +294,7 @@ def _explained_build(jit: SimpleNamespace, variant: EtapMlaVariant) -> Iterator[
         lines = str(error).splitlines()[-_BUILD_LOG_LINES:]
         log = "\n".join(line[:_BUILD_LOG_COLUMNS] for line in lines)
         raise EtapJitError(
-            f"building {variant.name} failed. The CUDA toolkit in use is {cuda_home}; set "
+            f"building or loading {variant.name} failed. The CUDA toolkit in use is {cuda_home}; set "
             "CUDA_HOME if that is not the directory that holds bin/nvcc, include and lib64. The "
             f"last lines of the build:\n{log}"
         ) from error

@@ -25,6 +25,7 @@ from etap_flashinfer.aot import select_variants
 from etap_flashinfer.jit import ALL_VARIANTS, EtapJitError, EtapMlaVariant, compile_command
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")
+_KERNEL_NAME = re.compile(r"etap_mla_(?:[a-z]+_)?kernel")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 _SERIALIZED = re.compile(r"C75\d\d|wgmma\.mma_async instructions are serialized", re.IGNORECASE)
@@ -64,7 +65,8 @@ def parse_ptxas(output: str) -> list[KernelUsage]:
     kernels: list[KernelUsage] = []
     for line in output.splitlines():
         if match := _ENTRY.search(line):
-            kernels.append(KernelUsage(match[1]))
+            name = _KERNEL_NAME.search(match[1])  # within the mangled one
+            kernels.append(KernelUsage(name[0] if name else match[1]))
         elif kernels and (match := _SPILLS.search(line)):
             # Functions that are not inlined are listed after their kernel and count with it.
             kernels[-1].stack += int(match[1])
@@ -179,7 +181,7 @@ def describe(report: VariantReport) -> str:
     if report.wgmma_shapes is not None:
         lines[0] += f", WGMMA {_shapes(report.wgmma_shapes)}"
     lines += [
-        f"  {kernel.name[:72]}: {kernel.registers} registers, {kernel.static_smem} bytes static "
+        f"  {kernel.name}: {kernel.registers} registers, {kernel.static_smem} bytes static "
         f"smem, {kernel.stack} bytes stack, {kernel.spill_stores + kernel.spill_loads} spilled"
         for kernel in report.kernels
     ]

@@ -17,11 +17,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def nvcc():
-    """Skip without nvcc."""
-    pytest.importorskip("flashinfer", reason="flashinfer is not installed")
+    """Skip without what compiling needs; in CI, where all of it is there, fail."""
     try:
         jit.compile_command(jit.ALL_VARIANTS[0])
     except jit.EtapJitError as error:
+        if os.environ.get("CI"):
+            raise
         pytest.skip(str(error))
 
 
@@ -68,6 +69,23 @@ def test_aot_module_loads_without_nvcc_and_flashinfer(nvcc, tmp_path):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+@pytest.mark.compile
+def test_two_processes_compile_and_load_at_the_same_time(nvcc, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment["FLASHINFER_WORKSPACE_BASE"] = str(tmp_path)
+    environment.pop(jit.AOT_DIR_ENV, None)
+    code = (
+        "from etap_flashinfer import jit\n"
+        "jit.require_hopper = lambda device=None: None\n"
+        "module = jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
+        "module.run, module.workspace_bytes\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    (library,) = tmp_path.rglob("*.so")
+    assert library.stem == jit.ALL_VARIANTS[0].name
+
+
 # --- the checks themselves ------------------------------------------------------------------------
 
 _PTXAS = """\
@@ -76,8 +94,8 @@ ptxas info    : Compiling entry function 'etap_mla' for 'sm_90a'
 ptxas info    : Function properties for etap_mla
     {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
 ptxas info    : Used 168 registers, used 9 barriers, 96 bytes smem
-ptxas info    : Compiling entry function 'etap_mla_merge' for 'sm_90a'
-ptxas info    : Function properties for etap_mla_merge
+ptxas info    : Compiling entry function '_ZN4etap21etap_mla_merge_kernelIE' for 'sm_90a'
+ptxas info    : Function properties for _ZN4etap21etap_mla_merge_kernelIE
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 32 registers
 """
@@ -87,7 +105,7 @@ def test_ptxas_report_is_read():
     output = _PTXAS.format(stack=0, stores=0, loads=0)
     first, second = check_ptxas.parse_ptxas(output)
     assert (first.name, first.registers, first.static_smem) == ("etap_mla", 168, 96)
-    assert (second.name, second.registers, second.static_smem) == ("etap_mla_merge", 32, 0)
+    assert (second.name, second.registers, second.static_smem) == ("etap_mla_merge_kernel", 32, 0)
     assert check_ptxas.ptxas_problems(output) == []
 
 

@@ -360,7 +360,17 @@ def test_aot_names_what_is_allowed(tmp_path, capsys):
     assert not (tmp_path / "aot").exists()
 
 
-def test_aot_build_fails(tmp_path, csrc, flashinfer_jit, monkeypatch, capsys):
+def test_aot_build_fails_in_its_worker(tmp_path, fake_cuda, monkeypatch, capsys):
+    fake_cuda("echo 'error: deliberate'; exit 1")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
+    arguments = ["--out", str(tmp_path / "aot"), "--variants", "bf16_n16_tma", "--jobs", "1"]
+    assert aot.main(arguments) == 1
+    assert "error: deliberate" in capsys.readouterr().err
+    assert not (tmp_path / "aot" / jit.AOT_MANIFEST).exists()
+
+
+def test_aot_without_nvcc(tmp_path, csrc, flashinfer_jit, monkeypatch, capsys):
     monkeypatch.setattr(flashinfer_jit.cpp_ext, "get_cuda_path", lambda: str(tmp_path))
     assert aot.main(["--out", str(tmp_path / "aot")]) == 1
     assert "set CUDA_HOME" in capsys.readouterr().err
