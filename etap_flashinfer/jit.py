@@ -285,7 +285,7 @@ def _no_nvcc(reason: str) -> str:
 
 @contextmanager
 def _explained_build(jit: SimpleNamespace, variant: EtapMlaVariant) -> Iterator[None]:
-    """Check the tools, aim FlashInfer at Hopper, and turn a failed build or load into an EtapJitError."""
+    """Check the tools, aim FlashInfer at Hopper, and say what to do when a build or load fails."""
     cuda_home = _check_build_tools(jit)
     try:
         with _hopper_target(jit):
@@ -294,9 +294,9 @@ def _explained_build(jit: SimpleNamespace, variant: EtapMlaVariant) -> Iterator[
         lines = str(error).splitlines()[-_BUILD_LOG_LINES:]
         log = "\n".join(line[:_BUILD_LOG_COLUMNS] for line in lines)
         raise EtapJitError(
-            f"building or loading {variant.name} failed. The CUDA toolkit in use is {cuda_home}; set "
-            "CUDA_HOME if that is not the directory that holds bin/nvcc, include and lib64. The "
-            f"last lines of the build:\n{log}"
+            f"building or loading {variant.name} failed. The CUDA toolkit in use is {cuda_home}; "
+            "set CUDA_HOME if that is not the directory that holds bin/nvcc, include and lib64. "
+            f"The last lines of the build:\n{log}"
         ) from error
 
 
