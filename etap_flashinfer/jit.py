@@ -1,0 +1,440 @@
+"""Compile and load the ETAP MLA kernels through FlashInfer's JIT.
+
+Every variant of the kernel (dtype, row tile, way of loading the cache) is one module. The sources
+under ``csrc`` and a configuration rendered for the variant are copied to FlashInfer's directory of
+generated sources and compiled for sm_90a by :func:`flashinfer.jit.gen_jit_spec`; nothing is ever
+written into the package. The name of a module carries a hash of the sources, so that an upgrade
+never loads a stale build.
+
+With ``ETAP_FLASHINFER_AOT_DIR`` set to a directory that ``python -m etap_flashinfer.aot`` wrote,
+modules are loaded from there, which needs neither nvcc nor flashinfer.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
+
+import torch
+
+AOT_DIR_ENV = "ETAP_FLASHINFER_AOT_DIR"
+AOT_MANIFEST = "manifest.json"
+
+KvLoader = Literal["tma", "gather"]
+ROW_TILES = (8, 16, 32, 64)
+HOPPER = (9, 0)
+
+_SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_CPP_DTYPES = {torch.bfloat16: "cutlass::bfloat16_t", torch.float16: "cutlass::half_t"}
+_CPP_KV_LOADERS = {"tma": "kTma", "gather": "kGather"}
+_TEMPLATE_SUFFIX = ".jinja"
+_BUILD_LOG_LINES = 30
+_BUILD_LOG_COLUMNS = 500
+
+
+class EtapJitError(RuntimeError):
+    """A kernel module can't be compiled or loaded; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class EtapMlaVariant:
+    """One compiled variant of the kernel.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of queries, cache and output: ``torch.bfloat16`` or ``torch.float16``.
+    row_tile : int
+        Packed rows (query x head) of one tile, WGMMA's N: 8, 16, 32 or 64.
+    kv_loader : str
+        ``"tma"`` (page sizes with ``gcd(page_size, 64) >= 8``) or ``"gather"`` (every page size).
+
+    Raises
+    ------
+    ValueError
+        If a parameter is none of these.
+    """
+
+    dtype: torch.dtype
+    row_tile: int
+    kv_loader: KvLoader
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, tuple(_SHORT_DTYPES))
+        _check_choice("row_tile", self.row_tile, ROW_TILES)
+        _check_choice("kv_loader", self.kv_loader, get_args(KvLoader))
+
+    @property
+    def short_name(self) -> str:
+        """Name without the hash of the sources, for example ``bf16_n16_tma``."""
+        return f"{_SHORT_DTYPES[self.dtype]}_n{self.row_tile}_{self.kv_loader}"
+
+    @property
+    def name(self) -> str:
+        """Name of the module: ``etap_mla_<short name>_<12 hex digits of csrc_sha256>``."""
+        return f"etap_mla_{self.short_name}_{csrc_sha256()[:12]}"
+
+
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+
+
+ALL_VARIANTS = tuple(
+    EtapMlaVariant(dtype, row_tile, kv_loader)
+    for dtype in _SHORT_DTYPES
+    for row_tile in ROW_TILES
+    for kv_loader in get_args(KvLoader)
+)
+
+
+def csrc_dir() -> Path:
+    """Directory of the kernel sources: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
+
+
+def csrc_files() -> list[tuple[str, Path]]:
+    """Kernel sources as (path relative to the repository, file), sorted by that path."""
+    root = csrc_dir()
+    files = [
+        (f"csrc/{path.relative_to(root).as_posix()}", path)
+        for path in root.rglob("*")
+        if path.is_file()
+    ]
+    if not files:
+        raise EtapJitError(
+            f"no kernel sources in {root}: the installation is incomplete; install "
+            "etap-flashinfer again"
+        )
+    return sorted(files)
+
+
+def csrc_sha256() -> str:
+    """SHA-256 over, for each kernel source in path order, its path, a zero byte, its bytes and a
+    zero byte."""
+    digest = hashlib.sha256()
+    for name, path in csrc_files():
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _flashinfer_jit() -> SimpleNamespace:
+    """Import what is used of FlashInfer's JIT (0.6.14 and later), or say why that fails."""
+    try:
+        import flashinfer  # alone first: a missing flashinfer.jit would be another defect
+        import flashinfer.jit
+        from flashinfer.compilation_context import CompilationContext
+        from flashinfer.jit import core, cpp_ext, env, utils
+    except Exception as error:  # a broken dependency raises anything, not only ImportError
+        if isinstance(error, ModuleNotFoundError) and error.name == "flashinfer":
+            raise EtapJitError(
+                "flashinfer is not installed, and compiling the ETAP kernels needs it: "
+                "pip install 'etap-flashinfer[flashinfer]', or set "
+                f"{AOT_DIR_ENV} to modules built ahead of time"
+            ) from error
+        raise EtapJitError(
+            "flashinfer is installed but does not import: "
+            f"{type(error).__name__}: {error}. FlashInfer 0.6.14 beside nvidia-cutlass-dsl does "
+            "not import on a machine without a GPU: use flashinfer-python 0.7.2.post1 or later "
+            f"there, or set {AOT_DIR_ENV} to modules built ahead of time"
+        ) from error
+    return SimpleNamespace(
+        CompilationContext=CompilationContext,
+        core=core,
+        cpp_ext=cpp_ext,
+        env=env,
+        gen_jit_spec=flashinfer.jit.gen_jit_spec,
+        sm90a_nvcc_flags=flashinfer.jit.sm90a_nvcc_flags,
+        write_if_different=utils.write_if_different,
+    )
+
+
+_TARGET_LOCK = threading.RLock()
+
+
+@contextmanager
+def _hopper_target(jit: SimpleNamespace) -> Iterator[None]:
+    """Let FlashInfer compile for sm_90a on a machine without a Hopper GPU.
+
+    FlashInfer refuses to compile where it sees no GPU and its target list is unset. Inside this
+    context the list is sm_90a; afterwards it is as before. Where a Hopper GPU is seen, or already
+    listed, nothing is changed.
+    """
+    target = (HOPPER[0], f"{HOPPER[1]}a")
+    variable = "FLASHINFER_CUDA_ARCH_LIST"
+    with _TARGET_LOCK:
+        # FlashInfer's list as of its import, and as of now: it reads both.
+        targets = jit.core.current_compilation_context.TARGET_CUDA_ARCHS
+        is_listed = target in targets and target in jit.CompilationContext().TARGET_CUDA_ARCHS
+        if not is_listed:
+            previous_variable, previous_targets = os.environ.get(variable), set(targets)
+            os.environ[variable] = f"{target[0]}.{target[1]}"
+            targets.add(target)
+            try:
+                yield
+            finally:
+                targets.clear()
+                targets.update(previous_targets)
+                if previous_variable is None:
+                    del os.environ[variable]
+                else:
+                    os.environ[variable] = previous_variable
+            return
+    yield
+
+
+def _render_config(template: str, variant: EtapMlaVariant) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(template).render(
+        dtype=_CPP_DTYPES[variant.dtype],
+        row_tile=variant.row_tile,
+        kv_loader=_CPP_KV_LOADERS[variant.kv_loader],
+    )
+
+
+def _write_sources(jit: SimpleNamespace, variant: EtapMlaVariant) -> Path:
+    """Copy the sources, and the configuration rendered, to the module's generated sources."""
+    from filelock import FileLock
+
+    directory: Path = jit.env.FLASHINFER_GEN_SRC_DIR / variant.name
+    directory.mkdir(parents=True, exist_ok=True)
+    # Under a lock, because another process may be compiling these very files: it must not find
+    # one half written, and files that are already right are left alone.
+    with FileLock(directory.with_suffix(".lock"), thread_local=False):
+        for name, path in csrc_files():
+            target = directory / Path(name).relative_to("csrc")
+            text = path.read_text()
+            if path.suffix == _TEMPLATE_SUFFIX:
+                target, text = target.with_suffix(".inc"), _render_config(text, variant)
+            jit.write_if_different(target, text)
+        # FlashInfer links every module with -lcuda. The kernels take the driver's entry points
+        # from the CUDA runtime, so where there is no driver an empty archive serves as well.
+        jit.write_if_different(directory / "libcuda" / "libcuda.a", "!<arch>\n")
+    return directory
+
+
+def gen_etap_mla_module(variant: EtapMlaVariant) -> Any:
+    """Write the sources of a variant and return the FlashInfer JIT spec that compiles them.
+
+    On a machine without a Hopper GPU, compile with :func:`build_etap_mla_module` rather than with
+    the spec's own methods, which need ``FLASHINFER_CUDA_ARCH_LIST=9.0a`` there.
+
+    Parameters
+    ----------
+    variant : EtapMlaVariant
+
+    Returns
+    -------
+    flashinfer.jit.JitSpec
+        Its name is ``variant.name``.
+
+    Raises
+    ------
+    EtapJitError
+        If flashinfer is missing or does not import.
+    """
+    jit = _flashinfer_jit()
+    directory = _write_sources(jit, variant)
+    with _hopper_target(jit):
+        return jit.gen_jit_spec(
+            variant.name,
+            [directory / "etap_mla_binding.cu"],
+            extra_cuda_cflags=list(jit.sm90a_nvcc_flags),
+            extra_ldflags=[f"-L{directory / 'libcuda'}"],
+            extra_include_paths=[directory],
+        )
+
+
+def _check_build_tools(jit: SimpleNamespace) -> str:
+    """Check that nvcc and ninja are there; return the CUDA toolkit's directory."""
+    try:
+        cuda_home = str(jit.cpp_ext.get_cuda_path())
+    except RuntimeError as error:
+        raise EtapJitError(_no_nvcc(str(error))) from error
+    nvcc = os.environ.get("FLASHINFER_NVCC", f"{cuda_home}/bin/nvcc")
+    if shutil.which(nvcc) is None:
+        raise EtapJitError(_no_nvcc(f"{nvcc} is not an executable file"))
+    if shutil.which("ninja") is None:
+        raise EtapJitError(
+            "ninja is not on PATH, and compiling the ETAP kernels needs it: activate the virtual "
+            "environment that flashinfer-python is installed in, or pip install ninja"
+        )
+    return cuda_home
+
+
+def _no_nvcc(reason: str) -> str:
+    return (
+        f"no nvcc to compile the ETAP kernels with: {reason}. Install a CUDA toolkit and set "
+        "CUDA_HOME to its directory, or build the modules on another machine with "
+        f"`python -m etap_flashinfer.aot --out DIR` and set {AOT_DIR_ENV}=DIR"
+    )
+
+
+@contextmanager
+def _explained_build(jit: SimpleNamespace, variant: EtapMlaVariant) -> Iterator[None]:
+    """Check the tools, aim FlashInfer at Hopper, and say what to do when a build or load fails."""
+    cuda_home = _check_build_tools(jit)
+    try:
+        with _hopper_target(jit):
+            yield
+    except RuntimeError as error:
+        lines = str(error).splitlines()[-_BUILD_LOG_LINES:]
+        log = "\n".join(line[:_BUILD_LOG_COLUMNS] for line in lines)
+        raise EtapJitError(
+            f"building or loading {variant.name} failed. The CUDA toolkit in use is {cuda_home}; "
+            "set CUDA_HOME if that is not the directory that holds bin/nvcc, include and lib64. "
+            f"The last lines of the build:\n{log}"
+        ) from error
+
+
+def build_etap_mla_module(variant: EtapMlaVariant, verbose: bool = False) -> Path:
+    """Compile a variant for sm_90a; needs nvcc and flashinfer, but no GPU.
+
+    Parameters
+    ----------
+    variant : EtapMlaVariant
+    verbose : bool
+        Whether the compiler's output goes to stdout as it comes.
+
+    Returns
+    -------
+    Path
+        The shared library, in FlashInfer's cache.
+
+    Raises
+    ------
+    EtapJitError
+        If flashinfer, nvcc or ninja is missing or the build fails.
+    """
+    jit = _flashinfer_jit()
+    spec = gen_etap_mla_module(variant)
+    with _explained_build(jit, variant):
+        spec.build(verbose=verbose, need_lock=True)
+    return Path(spec.jit_library_path)
+
+
+def compile_command(variant: EtapMlaVariant) -> list[str]:
+    """The nvcc command that compiles a variant's object file, for tools that look into it."""
+    jit = _flashinfer_jit()
+    spec = gen_etap_mla_module(variant)
+    with _explained_build(jit, variant):
+        return shlex.split(spec.get_compile_commands()[0]["command"])
+
+
+def require_hopper(device: torch.device | int | None = None) -> None:
+    """Check that a device is a Hopper GPU (compute capability 9.0).
+
+    Parameters
+    ----------
+    device : torch.device or int, optional
+        The device; without it, one of the visible devices must be one.
+
+    Raises
+    ------
+    EtapJitError
+        If it is not; the message names the capability found.
+    """
+    advice = "use backend='auto' or 'fa2' for stock FlashInfer, or backend='reference'"
+    if not torch.cuda.is_available():
+        raise EtapJitError(
+            "the ETAP kernels run on Hopper GPUs (compute capability 9.0), and PyTorch sees no "
+            f"GPU here: {advice}. `python -m etap_flashinfer.aot` compiles without a GPU"
+        )
+    devices = range(torch.cuda.device_count()) if device is None else [device]
+    capabilities = [torch.cuda.get_device_capability(each) for each in devices]
+    if HOPPER not in capabilities:
+        found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+        raise EtapJitError(
+            "the ETAP kernels run on Hopper GPUs (compute capability 9.0), and "
+            f"{'the visible GPUs have' if device is None else f'{device} has'} {found}: {advice}"
+        )
+
+
+def aot_library_path(variant: EtapMlaVariant, directory: Path) -> Path:
+    """Path of a variant's module in a directory of modules built ahead of time.
+
+    Raises
+    ------
+    EtapJitError
+        If the directory has no readable manifest, was built from other sources, or lacks the
+        variant.
+    """
+    rebuild = f"run `python -m etap_flashinfer.aot --out {directory}` with this version"
+    try:
+        manifest = json.loads((directory / AOT_MANIFEST).read_text())
+        built_from, libraries = manifest["csrc_sha256"], manifest["modules"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EtapJitError(
+            f"{AOT_DIR_ENV}={directory} holds no readable {AOT_MANIFEST} "
+            f"({type(error).__name__}: {error}): {rebuild}, or unset {AOT_DIR_ENV} to compile"
+        ) from error
+    if built_from != csrc_sha256():
+        raise EtapJitError(
+            f"the modules in {AOT_DIR_ENV}={directory} were built from other sources (csrc_sha256 "
+            f"{built_from}) than this package's ({csrc_sha256()}): {rebuild}"
+        )
+    path = directory / f"{variant.name}.so"
+    if variant.short_name not in libraries or not path.is_file():
+        raise EtapJitError(
+            f"{AOT_DIR_ENV}={directory} lacks {variant.short_name}; it lists "
+            f"{', '.join(libraries) or 'no variant'}: {rebuild}"
+        )
+    return path
+
+
+def _load_library(path: Path) -> Any:
+    try:
+        import tvm_ffi
+
+        return tvm_ffi.load_module(str(path))
+    except Exception as error:  # tvm_ffi raises its own types for what dlopen reports
+        raise EtapJitError(
+            f"{path} does not load: {type(error).__name__}: {error}. It needs apache-tvm-ffi and "
+            "the CUDA runtime, in the versions that the manifest beside it names or compatible ones"
+        ) from error
+
+
+@functools.cache
+def _load_module(variant: EtapMlaVariant, aot_dir: str | None) -> Any:
+    if aot_dir:
+        return _load_library(aot_library_path(variant, Path(aot_dir)))
+    jit = _flashinfer_jit()
+    spec = gen_etap_mla_module(variant)
+    with _explained_build(jit, variant):
+        # Builds and loads under FlashInfer's file lock, so that a library another process is
+        # still writing is never loaded.
+        return spec.build_and_load()
+
+
+def get_etap_mla_module(variant: EtapMlaVariant) -> Any:
+    """Load a variant, compiling it first where that has not been done.
+
+    Parameters
+    ----------
+    variant : EtapMlaVariant
+
+    Returns
+    -------
+    tvm_ffi.Module
+        With the functions ``run`` and ``workspace_bytes``; the same object on every call.
+
+    Raises
+    ------
+    EtapJitError
+        If there is no Hopper GPU, or the module can't be compiled or loaded.
+    """
+    require_hopper()
+    return _load_module(variant, os.environ.get(AOT_DIR_ENV))
