@@ -184,11 +184,14 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   params.kv_len_arr = pointer<int32_t>(kv_len_arr);
   params.num_kv_indices = kv_indices.numel();
   params.batch = kv_len_arr.numel();
+  params.requests_per_thread = (params.batch + kThreads - 1) / kThreads;
   params.num_heads = q_nope.size(1);
   params.total_queries = q_nope.size(0);
   params.num_pages = ckv.size(0);
   params.page_size = page_size;
   params.rows_per_copy = rows_per_copy;
+  params.divide_by_heads = cutlass::FastDivmod(params.num_heads);
+  params.divide_by_page_size = cutlass::FastDivmod(page_size);
   params.causal = causal;
   params.scale_log2 = float(sm_scale * 1.4426950408889634);
   params.lse_factor = lse_base_e ? 0.6931471805599453f : 1.f;

@@ -38,14 +38,13 @@ class MathWarpgroup {
   static constexpr int kStoreBlocks = kRowBlocks == 1 ? 1 : 2;  // row blocks that stmatrix stores
 
  public:
-  __device__ MathWarpgroup(Params const& params, SharedStorage& shared, CtaWork const& work)
-      : params_(params), shared_(shared), walk_(params, work) {}
+  __device__ MathWarpgroup(Params const& params, SharedStorage& shared)
+      : params_(params), shared_(shared) {}
 
   __device__ void run() {
-    while (walk_.next()) {
-      begin_segment();
+    while (begin_segment()) {
 #pragma unroll 1
-      for (int32_t tile = walk_.segment.tile_begin; tile < walk_.segment.tile_end; ++tile) {
+      for (int32_t tile = segment().tile_begin; tile < tile_end_; ++tile) {
         if ((tile_number_ & 1) == warpgroup_) {
           compute_scores(tile);
           store_probabilities();
@@ -54,9 +53,10 @@ class MathWarpgroup {
         is_first_tile_ = false;
         ring_ = ring_.after(kBoxesPerTile);
         ++tile_number_;
-        max_slot_ = (max_slot_ + 1) % 3;
+        max_slot_ = max_slot_ == 2 ? 0 : max_slot_ + 1;
       }
       finish_segment();
+      ++segment_number_;
     }
   }
 
@@ -69,17 +69,28 @@ class MathWarpgroup {
     if (lane_ == 0) Barrier::arrive(barrier);
   }
 
-  __device__ void begin_segment() {
+  __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
+
+  // Waits for the next segment and its queries; false if there is none.
+  __device__ bool begin_segment() {
+    Barrier::wait(&shared_.query_full, segment_number_ & 1);
+    int32_t const num_tiles = segment().num_tiles();
+    if (num_tiles == 0) return false;
+    tile_end_ = segment().tile_end;
+    is_first_tile_ = true;
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) row_sum_[i] = 0.f;
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) clear(output_[box]);
-    is_first_tile_ = true;
-    Barrier::wait(&shared_.query_full, query_parity_);
-    query_parity_ ^= 1;
-    // A warpgroup without a tile of its own in this segment has no more use for Q.
-    bool const owns_none = walk_.segment.num_tiles() == 1 && (tile_number_ & 1) != warpgroup_;
+    // A warpgroup without a tile of its own in this segment has no use for Q.
+    bool const owns_none = num_tiles == 1 && (tile_number_ & 1) != warpgroup_;
     if (owns_none) arrive_once_per_warp(&shared_.query_empty);
+    return true;
+  }
+
+  __device__ void wait_for_box(RingPosition<Traits::kRingBoxes> const& slot) const {
+    Barrier::wait(&shared_.box_full[slot.index], slot.parity);
+    if constexpr (Traits::kKvLoader == KvLoader::kGather) cutlass::arch::fence_view_async_shared();
   }
 
   // S^T = K Q^T in units of log2, with -inf where a row does not see a token.
@@ -96,7 +107,7 @@ class MathWarpgroup {
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerTile; ++box) {
       auto const slot = ring_.after(box);
-      Barrier::wait(&shared_.box_full[slot.index], slot.parity);
+      wait_for_box(slot);
       warpgroup_arrive();
 #pragma unroll
       for (int32_t step = 0; step < size<2>(k_operand); ++step) {
@@ -109,7 +120,7 @@ class MathWarpgroup {
     warpgroup_fence_operand(scores_);
 
     arrive_once_per_warp(&shared_.box_empty[ring_.index]);  // kpe
-    bool const is_last_of_mine = tile + 2 >= walk_.segment.tile_end;
+    bool const is_last_of_mine = tile + 2 >= tile_end_;
     if (is_last_of_mine) arrive_once_per_warp(&shared_.query_empty);
 
 #pragma unroll
@@ -118,18 +129,18 @@ class MathWarpgroup {
   }
 
   __device__ void mask_scores(int32_t tile) {
-    Request const& request = walk_.segment.request;
+    Request const& request = segment().request;
     auto visible_tokens = [&](int32_t packed_row) {
       if (!params_.causal) return request.kv_len;
-      int32_t const query = packed_row / params_.num_heads;
+      int32_t const query = params_.divide_by_heads.div(packed_row);
       return min(request.kv_len - request.query_len + query + 1, request.kv_len);
     };
-    if ((tile + 1) * kTokenTile <= visible_tokens(walk_.segment.row_begin)) return;
+    if ((tile + 1) * kTokenTile <= visible_tokens(segment().row_begin)) return;
 
     int32_t const first_token = tile * kTokenTile + warp_ * 16 + lane_ / 4;
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
-      int32_t const visible = visible_tokens(walk_.segment.row_begin + row(i));
+      int32_t const visible = visible_tokens(segment().row_begin + row(i));
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
         if (first_token + 8 * half >= visible) score(i, half) = -INFINITY;
@@ -180,7 +191,7 @@ class MathWarpgroup {
   // turns, so that one warpgroup can write the next tile's while the other still reads these.
   __device__ float row_max(int32_t i) const { return shared_.row_max[max_slot_][row(i)]; }
   __device__ float old_max(int32_t i) const {
-    return is_first_tile_ ? -INFINITY : shared_.row_max[(max_slot_ + 2) % 3][row(i)];
+    return is_first_tile_ ? -INFINITY : shared_.row_max[max_slot_ == 0 ? 2 : max_slot_ - 1][row(i)];
   }
 
   __device__ float raised_max(int32_t i) const {
@@ -247,8 +258,7 @@ class MathWarpgroup {
     int32_t const buffer = tile_number_ & 1;
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-      auto const slot = ckv_slot(box);
-      Barrier::wait(&shared_.box_full[slot.index], slot.parity);
+      wait_for_box(ckv_slot(box));
     }
     Barrier::wait(&shared_.probability_ready[buffer], tile_number_ / 2 & 1);
     rescale_output(/*scales_row_sum=*/buffer != warpgroup_);
@@ -290,7 +300,7 @@ class MathWarpgroup {
   // Beyond the request's end a box holds whatever the page or an earlier tile left there. P is zero
   // there, but 0 * NaN is not: V must be zero too. (K needs no such care: tokens are rows of S^T.)
   __device__ void clear_tokens_past_end(int32_t tile) {
-    int32_t const tokens = max(walk_.segment.request.kv_len - tile * kTokenTile, 0);
+    int32_t const tokens = max(segment().request.kv_len - tile * kTokenTile, 0);
     if (tokens >= kTokenTile) return;
 #pragma unroll 1
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
@@ -307,10 +317,9 @@ class MathWarpgroup {
 
   __device__ void finish_segment() {
     reduce_row_sum();
-    bool const is_whole = walk_.segment.is_whole();
-    int64_t const slot = 2 * int64_t(blockIdx.x) + (walk_.segment.begins_row_tile ? 1 : 0);
-    int64_t const packed_row =
-        int64_t(walk_.segment.request.query_begin) * params_.num_heads + walk_.segment.row_begin;
+    bool const is_whole = segment().is_whole();
+    int32_t const slot = 2 * blockIdx.x + (segment().begins_row_tile ? 1 : 0);
+    int32_t const packed_row = segment().packed_row;
     if (is_whole) {
       write_output(packed_row);
     } else {
@@ -322,14 +331,10 @@ class MathWarpgroup {
       for (int32_t i = 0; i < kRows; ++i) {
         if (!is_whole) {
           params_.partial_ml[slot * kRowTile + row(i)] = make_float2(old_max(i), row_sum_[i]);
-        } else if (params_.lse != nullptr && row(i) < walk_.segment.num_rows) {
+        } else if (params_.lse != nullptr && row(i) < segment().num_rows) {
           params_.lse[packed_row + row(i)] = log_sum_exp(params_, old_max(i), row_sum_[i]);
         }
       }
-    }
-    if (!is_whole && walk_.segment.begins_row_tile && thread_ == 0 && warpgroup_ == 0) {
-      params_.merge_descriptors[blockIdx.x] = {walk_.segment.parts_from_here, walk_.segment.num_rows,
-                                               packed_row};
     }
   }
 
@@ -369,13 +374,13 @@ class MathWarpgroup {
     return fragment;
   }
 
-  __device__ void write_output(int64_t packed_row) {
+  __device__ void write_output(int32_t packed_row) {
 #pragma unroll
     for (int32_t block = 0; block < kRowBlocks; ++block) {
       float const scale_0 = normalizer(row_sum_[2 * block]);
       float const scale_1 = normalizer(row_sum_[2 * block + 1]);
       int32_t const row_of_lane = block * 8 + lane_ / 4;
-      bool const exists = row_of_lane < walk_.segment.num_rows;
+      bool const exists = row_of_lane < segment().num_rows;
       DType* const out_row =
           output_row<DType>(params_, packed_row + (exists ? row_of_lane : 0));
 #pragma unroll
@@ -386,13 +391,13 @@ class MathWarpgroup {
     }
   }
 
-  __device__ void write_partial(int64_t slot) {
+  __device__ void write_partial(int32_t slot) {
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
 #pragma unroll
       for (int32_t block = 0; block < kRowBlocks; ++block) {
         OutputFragment const fragment = output_fragment(box, block);
-        int64_t const index =
+        int32_t const index =
             partial_index<kRowTile>(slot, 2 * box + warpgroup_, block, warp_);
         *reinterpret_cast<float4*>(params_.partial_out + index) =
             make_float4(fragment.value[0], fragment.value[1], fragment.value[2], fragment.value[3]);
@@ -402,7 +407,6 @@ class MathWarpgroup {
 
   Params const& params_;
   SharedStorage& shared_;
-  SegmentWalk<kRowTile> walk_;
   int32_t const thread_ = threadIdx.x % kWarpgroupThreads;
   int32_t const warpgroup_ = cutlass::canonical_warp_group_idx();
   int32_t const warp_ = cutlass::canonical_warp_idx_sync() % 4;
@@ -411,7 +415,8 @@ class MathWarpgroup {
   RingPosition<Traits::kRingBoxes> ring_;  // box 0 of the current tile
   uint32_t tile_number_ = 0;               // of this CTA, over all its segments
   uint32_t max_slot_ = 0;                  // tile_number_ % 3
-  uint32_t query_parity_ = 0;
+  uint32_t segment_number_ = 0;
+  int32_t tile_end_;    // of the segment
   bool is_first_tile_;  // of the segment
 
   decltype(partition_fragment_C(typename Traits::MmaQk{},
@@ -422,17 +427,24 @@ class MathWarpgroup {
   float row_sum_[kRows];  // over this thread's tokens only, until the segment ends
 };
 
+// One barrier a thread.
 template <class Traits>
 __device__ void init_barriers(typename Traits::SharedStorage& shared) {
-  constexpr uint32_t kBoxProducers =
-      Traits::kKvLoader == KvLoader::kTma ? 1 : kGatherThreads;
-  for (int32_t i = 0; i < Traits::kRingBoxes; ++i) {
+  constexpr int32_t kRing = Traits::kRingBoxes;
+  constexpr int32_t kBoxProducers = Traits::kKvLoader == KvLoader::kTma ? 1 : kGatherThreads;
+  int32_t const i = threadIdx.x;
+  if (i < kRing) {
     Barrier::init(&shared.box_full[i], kBoxProducers);
-    Barrier::init(&shared.box_empty[i], 4);  // the warps of the one warpgroup that reads it last
+  } else if (i < 2 * kRing) {
+    // The warps of the one warpgroup that reads the box last.
+    Barrier::init(&shared.box_empty[i - kRing], 4);
+  } else if (i < 2 * kRing + 2) {
+    Barrier::init(&shared.probability_ready[i - 2 * kRing], 4);
+  } else if (i == 2 * kRing + 2) {
+    Barrier::init(&shared.query_full, kQueryLoadThreads);
+  } else if (i == 2 * kRing + 3) {
+    Barrier::init(&shared.query_empty, 4 * kMathWarpgroups);
   }
-  Barrier::init(&shared.query_full, kQueryLoadThreads);
-  Barrier::init(&shared.query_empty, 4 * kMathWarpgroups);
-  for (uint64_t& barrier : shared.probability_ready) Barrier::init(&barrier, 4);
   cutlass::arch::fence_barrier_init();
 }
 
@@ -443,17 +455,19 @@ __global__ void __launch_bounds__(kThreads, 1)
                     __grid_constant__ CUtensorMap const kpe_map) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
-  auto& work = shared.work;
+  CtaWork& work = shared.work;
 
   // The merge kernel's CTAs may take their places as ours leave; they wait for our results.
   cudaTriggerProgrammaticLaunchCompletion();
   if (threadIdx.x == 0) {
-    init_barriers<Traits>(shared);
-    params.merge_descriptors[blockIdx.x].num_parts = 0;
+    params.merge_descriptors[blockIdx.x] = {};
+    if constexpr (Traits::kKvLoader == KvLoader::kTma) {
+      prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&ckv_map));
+      prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&kpe_map));
+    }
   }
-  // The ring is still empty: the schedule borrows its place, and leaves it to bulk copies.
-  find_cta_work<Traits::kRowTile>(params, *reinterpret_cast<ScheduleScratch*>(shared.ring), work);
-  cutlass::arch::fence_view_async_shared();
+  init_barriers<Traits>(shared);
+  find_cta_work<Traits::kRowTile>(params, shared.schedule, work);
   __syncthreads();
   if (work.begin >= work.end) return;
 
@@ -463,13 +477,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= 2) {
       load_queries<Traits>(params, shared, work);
     } else if constexpr (Traits::kKvLoader == KvLoader::kGather) {
-      GatherLoader<Traits>(params, shared).run(work);
+      load_cache_by_gather<Traits>(params, shared, work);
     } else if (warp == 0) {
       load_cache_by_tma<Traits>(params, ckv_map, kpe_map, shared, work);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kMathRegisters>();
-    MathWarpgroup<Traits>(params, shared, work).run();
+    MathWarpgroup<Traits>(params, shared).run();
   }
 }
 

@@ -41,9 +41,9 @@ struct TokenPlace {
 __device__ __forceinline__ TokenPlace find_token(Params const& params, Request const& request,
                                                  int32_t token) {
   if (token >= request.kv_len) return {-1, 0};
-  int32_t const page_in_request = token / params.page_size;
-  return {params.kv_indices[request.page_begin + page_in_request],
-          token - page_in_request * params.page_size};
+  int32_t page_in_request, row;
+  params.divide_by_page_size(page_in_request, row, token);
+  return {params.kv_indices[request.page_begin + page_in_request], row};
 }
 
 // One warp. Lane g copies the g-th group of rows of each box; a group lies within one page.
@@ -103,104 +103,60 @@ __device__ __forceinline__ int32_t swizzled_chunk(int32_t row, int32_t chunk) {
 }
 
 // Two warps. Eight lanes copy the 128 bytes that a token has in a box; a warp has 32 tokens of the
-// tile, of which lane l looks up the l-th.
-//
-// A copy is announced (box_full) a few boxes later, when it has certainly arrived: each thread
-// waits for its own copies and fences them for the tensor cores, which read shared memory through
-// the asynchronous proxy. While the ring is full, everything issued is announced first: the math
-// warpgroups may be waiting for just that.
+// tile, of which lane l looks up the l-th. The copies themselves arrive on box_full when they are
+// complete. They write through the generic proxy: whoever reads the box with WGMMA fences first.
 template <class Traits>
-class GatherLoader {
+__device__ void load_cache_by_gather(Params const& params, typename Traits::SharedStorage& shared,
+                                     CtaWork const& work) {
   using DType = typename Traits::DType;
-  using Ring = RingPosition<Traits::kRingBoxes>;
-  static constexpr int kBoxesInFlight = 8;
+  constexpr int32_t kCopies = 32 / 4;  // of 4 tokens each
+  int32_t const lane = threadIdx.x % 32, chunk = lane % 8;
+  int32_t const first_token = threadIdx.x / 32 % 2 * 32;
 
- public:
-  __device__ GatherLoader(Params const& params, typename Traits::SharedStorage& shared)
-      : params_(params), shared_(shared), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32 % 2) {}
+  SegmentWalk<Traits::kRowTile> walk(params, work);
+  RingPosition<Traits::kRingBoxes> ring;
+  Segment const& segment = walk.segment;
+  while (walk.next()) {
+    auto place_in = [&](int32_t tile) {
+      return find_token(params, segment.request, tile * kTokenTile + first_token + lane);
+    };
+    TokenPlace next_place = place_in(segment.tile_begin);
+    for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
+      TokenPlace const place = next_place;
+      if (tile + 1 < segment.tile_end) next_place = place_in(tile + 1);
+      bool const exists = uint32_t(place.page) < uint32_t(params.num_pages);
+      uint32_t const exists_mask = __ballot_sync(0xffffffff, exists);
+      int64_t const page = exists ? place.page : 0, row = exists ? place.row : 0;
+      int64_t const ckv_offset = page * params.ckv_stride_page + row * params.ckv_stride_token;
+      int64_t const kpe_offset = page * params.kpe_stride_page + row * params.kpe_stride_token;
 
-  __device__ void run(CtaWork const& work) {
-    SegmentWalk<Traits::kRowTile> walk(params_, work);
-    Segment const& segment = walk.segment;
-    while (walk.next()) {
-      int32_t const token = warp_ * 32 + lane_;
-      auto place_in = [&](int32_t tile) {
-        return find_token(params_, segment.request, tile * kTokenTile + token);
+      auto copy_box = [&](DType const* source, int64_t token_offset) {
+        Barrier::wait(&shared.box_empty[ring.index], ring.parity ^ 1);
+        DType* const box = &shared.ring[ring.index * kBoxElements];
+#pragma unroll 2
+        for (int32_t i = 0; i < kCopies; ++i) {
+          int32_t const owner = i * 4 + lane / 8;
+          cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+              box + swizzled_chunk(first_token + owner, chunk),
+              source + __shfl_sync(0xffffffff, token_offset, owner), exists_mask >> owner & 1);
+        }
+        cutlass::arch::cpasync_barrier_arrive_noinc(&shared.box_full[ring.index]);
+        ring = ring.after(1);
       };
-      TokenPlace next_place = place_in(segment.tile_begin);
-      for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
-        TokenPlace const place = next_place;
-        if (tile + 1 < segment.tile_end) next_place = place_in(tile + 1);
-        copy_tile(place);
-      }
-    }
-    announce_all();
-  }
-
- private:
-  __device__ void copy_tile(TokenPlace const& place) {
-    bool const exists = uint32_t(place.page) < uint32_t(params_.num_pages);
-    int64_t const page = exists ? place.page : 0;
-    int64_t const row = exists ? place.row : 0;
-    int64_t const ckv_offset = page * params_.ckv_stride_page + row * params_.ckv_stride_token;
-    int64_t const kpe_offset = page * params_.kpe_stride_page + row * params_.kpe_stride_token;
-    uint32_t const exists_mask = __ballot_sync(0xffffffff, exists);
+      copy_box(static_cast<DType const*>(params.kpe) + chunk * 8, kpe_offset);
 #pragma unroll 1
-    for (int32_t box = 0; box < kBoxesPerTile; ++box) {
-      wait_for_place();
-      bool const is_kpe = box == 0;
-      auto const* source = static_cast<DType const*>(is_kpe ? params_.kpe : params_.ckv) +
-                           (is_kpe ? 0 : (box - 1) * kBoxColumns) + lane_ % 8 * 8;
-      int64_t const offset = is_kpe ? kpe_offset : ckv_offset;
-      DType* const destination = &shared_.ring[head_.index * kBoxElements];
-#pragma unroll 4
-      for (int32_t i = 0; i < 8; ++i) {
-        int32_t const owner = i * 4 + lane_ / 8;
-        int64_t const token_offset = __shfl_sync(0xffffffff, offset, owner);
-        cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-            destination + swizzled_chunk(warp_ * 32 + owner, lane_ % 8), source + token_offset,
-            exists_mask >> owner & 1);
-      }
-      cutlass::arch::cp_async_fence();
-      head_ = head_.after(1);
-      if (++in_flight_ > kBoxesInFlight) {
-        cutlass::arch::cp_async_wait<kBoxesInFlight>();
-        announce(1);
+      for (int32_t box = 0; box < kCkvBoxes; ++box) {
+        copy_box(static_cast<DType const*>(params.ckv) + box * kBoxColumns + chunk * 8, ckv_offset);
       }
     }
   }
-
-  __device__ void wait_for_place() {
-    uint64_t* const empty = &shared_.box_empty[head_.index];
-    if (!__all_sync(0xffffffff, Barrier::try_wait(empty, head_.parity ^ 1))) {
-      announce_all();
-      Barrier::wait(empty, head_.parity ^ 1);
-    }
-  }
-
-  __device__ void announce(int32_t boxes) {
-    cutlass::arch::fence_view_async_shared();
-    for (int32_t i = 0; i < boxes; ++i) {
-      Barrier::arrive(&shared_.box_full[tail_.index]);
-      tail_ = tail_.after(1);
-    }
-    in_flight_ -= boxes;
-  }
-
-  __device__ void announce_all() {
-    cutlass::arch::cp_async_wait<0>();
-    announce(in_flight_);
-  }
-
-  Params const& params_;
-  typename Traits::SharedStorage& shared_;
-  int32_t const lane_, warp_;
-  Ring head_, tail_;  // next box to copy, next box to announce
-  int32_t in_flight_ = 0;
-};
+  // The copies must not outlive the threads that issued them.
+  cutlass::arch::cp_async_wait<0>();
+}
 
 // Two warps. Loads the row tile's queries, whatever their strides, into the order of the boxes:
-// pe first. Rows that do not exist become zeros.
+// pe first. Rows that do not exist become zeros. With the queries goes the segment they belong to;
+// and the merge kernel hears of a row tile that later CTAs continue.
 template <class Traits>
 __device__ void load_queries(Params const& params, typename Traits::SharedStorage& shared,
                              CtaWork const& work) {
@@ -210,33 +166,40 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
   int32_t const chunk = thread % 8;
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
-  Segment const& segment = walk.segment;
-  uint32_t parity = 0;
-  while (walk.next()) {
-    Barrier::wait(&shared.query_empty, parity ^ 1);
-#pragma unroll 1
-    for (int32_t row = thread / 8; row < Traits::kRowTile; row += kRowsPerPass) {
-      bool const exists = row < segment.num_rows;
-      int32_t const packed_row = segment.row_begin + (exists ? row : 0);
-      int64_t const query = segment.request.query_begin + packed_row / params.num_heads;
-      int64_t const head = packed_row % params.num_heads;
-      auto const* nope = static_cast<DType const*>(params.q_nope) +
-                         query * params.q_nope_stride_token + head * params.q_nope_stride_head;
-      auto const* pe = static_cast<DType const*>(params.q_pe) +
-                       query * params.q_pe_stride_token + head * params.q_pe_stride_head;
-      DType* const destination = &shared.query[swizzled_chunk(row, chunk)];
-#pragma unroll
-      for (int32_t box = 0; box < kBoxesPerTile; ++box) {
-        cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-            destination + box * Traits::kRowTile * kBoxColumns,
-            (box == 0 ? pe : nope + (box - 1) * kBoxColumns) + chunk * 8, exists);
+  Segment& segment = walk.segment;
+  uint32_t number = 0;
+  for (bool has_segment = true; has_segment; ++number) {
+    has_segment = walk.next();
+    if (!has_segment) segment.tile_end = segment.tile_begin;  // the end
+    Barrier::wait(&shared.query_empty, number & 1 ^ 1);
+    if (thread == 0) {
+      shared.segments[number & 1] = segment;
+      if (has_segment && segment.begins_row_tile && !segment.ends_row_tile) {
+        params.merge_descriptors[blockIdx.x] = walk.merge_descriptor();
       }
+    }
+#pragma unroll 1
+    for (int32_t row = thread / 8; has_segment && row < Traits::kRowTile; row += kRowsPerPass) {
+      bool const exists = row < segment.num_rows;
+      int32_t query, head;
+      params.divide_by_heads(query, head, segment.row_begin + (exists ? row : 0));
+      query += segment.request.query_begin;
+      int64_t const nope = query * params.q_nope_stride_token + head * params.q_nope_stride_head;
+      int64_t const pe = query * params.q_pe_stride_token + head * params.q_pe_stride_head;
+      DType* destination = &shared.query[swizzled_chunk(row, chunk)];
+      auto copy = [&](void const* base, int64_t offset) {
+        cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+            destination, static_cast<DType const*>(base) + offset + chunk * 8, exists);
+        destination += Traits::kRowTile * kBoxColumns;
+      };
+      copy(params.q_pe, pe);
+#pragma unroll
+      for (int32_t box = 0; box < kCkvBoxes; ++box) copy(params.q_nope, nope + box * kBoxColumns);
     }
     cutlass::arch::cp_async_fence();
     cutlass::arch::cp_async_wait<0>();
     cutlass::arch::fence_view_async_shared();
     Barrier::arrive(&shared.query_full);
-    parity ^= 1;
   }
 }
 

@@ -31,9 +31,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 
 // Address of the output row `packed_row`, where packed_row = query * num_heads + head.
 template <typename DType>
-__device__ __forceinline__ DType* output_row(Params const& params, int64_t packed_row) {
-  int64_t const query = packed_row / params.num_heads;
-  int64_t const head = packed_row - query * params.num_heads;
+__device__ __forceinline__ DType* output_row(Params const& params, int32_t packed_row) {
+  int32_t query, head;
+  params.divide_by_heads(query, head, packed_row);
   return static_cast<DType*>(params.out) + query * params.out_stride_token +
          head * params.out_stride_head;
 }
@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_fragment(OutputFragment const& fragment, f
 
 // Where fragment (box of d_v, 8-row block, warp) of this lane lies in a partial result.
 template <int kRowTile>
-__device__ __forceinline__ int64_t partial_index(int64_t slot, int32_t box, int32_t row_block,
+__device__ __forceinline__ int32_t partial_index(int32_t slot, int32_t box, int32_t row_block,
                                                  int32_t warp) {
   int32_t const lane = threadIdx.x % 32;
   int32_t const fragment = (box * (kRowTile / 8) + row_block) * 4 + warp;

@@ -5,8 +5,8 @@
  * in the kernel and in the CPU tests.
  *
  * All work lies on one line: request after request, row tile after row tile, token tile after
- * token tile. CTA c works on [begin(c), begin(c + 1)), so each tile is done once and a row tile
- * that reaches over a CTA boundary is split there.
+ * token tile. CTA c works on tiles [begin(c), begin(c + 1)), so each tile is done once, and a row
+ * tile that reaches over a CTA boundary is split there.
  */
 #pragma once
 
@@ -20,34 +20,46 @@
 
 namespace etap {
 
-// The line is a sequence of units of `unit_tiles`, and each unit is cut into `parts_per_unit`
-// parts whose sizes differ by at most one tile.
-struct Partition {
-  int64_t total_tiles;
-  int64_t unit_tiles;
-  int64_t parts_per_unit;
+// 32 bits are enough for 2^31 tiles, some minutes of an H200's time, and divide fast. Longer lines
+// are cut off there.
+constexpr int32_t kMaxTiles = INT32_MAX;
 
-  // First tile of CTA `cta`. begin(cta) == total_tiles from the first idle CTA on.
-  ETAP_HOST_DEVICE int64_t begin(int64_t cta) const {
-    int64_t const unit = cta / parts_per_unit;
-    int64_t const part = cta - unit * parts_per_unit;
-    int64_t const quotient = unit_tiles / parts_per_unit;
-    int64_t const remainder = unit_tiles - quotient * parts_per_unit;
-    int64_t const position =
-        unit * unit_tiles + part * quotient + (part < remainder ? part : remainder);
-    return position < total_tiles ? position : total_tiles;
+ETAP_HOST_DEVICE int32_t saturating_add(int32_t a, int32_t b) {
+  uint32_t const sum = uint32_t(a) + uint32_t(b);
+  return sum < uint32_t(kMaxTiles) ? int32_t(sum) : kMaxTiles;
+}
+
+ETAP_HOST_DEVICE int32_t saturating_multiply(int32_t a, int32_t b) {
+  int64_t const product = int64_t(a) * b;
+  return product < kMaxTiles ? int32_t(product) : kMaxTiles;
+}
+
+// The line is a sequence of units of `unit_tiles`, and each unit is cut into `parts_per_unit`
+// parts: the first `longer_parts` of `part_tiles + 1` tiles, the others of `part_tiles`.
+struct Partition {
+  int32_t total_tiles;
+  int32_t unit_tiles;
+  int32_t parts_per_unit;
+  int32_t part_tiles;
+  int32_t longer_parts;
+
+  // First tile of CTA `cta`; total_tiles from the first idle CTA on.
+  ETAP_HOST_DEVICE int32_t begin(int32_t cta) const {
+    int32_t const unit = cta / parts_per_unit;
+    int32_t const part = cta - unit * parts_per_unit;
+    int64_t const position = int64_t(unit) * unit_tiles + int64_t(part) * part_tiles +
+                             (part < longer_parts ? part : longer_parts);
+    return position < total_tiles ? int32_t(position) : total_tiles;
   }
 
   // The CTA whose range holds tile `position`, 0 <= position < total_tiles.
-  ETAP_HOST_DEVICE int64_t cta_of(int64_t position) const {
-    int64_t const unit = position / unit_tiles;
-    int64_t const offset = position - unit * unit_tiles;
-    int64_t const quotient = unit_tiles / parts_per_unit;
-    int64_t const remainder = unit_tiles - quotient * parts_per_unit;
-    int64_t const in_longer_parts = remainder * (quotient + 1);
-    int64_t const part = offset < in_longer_parts
-                             ? offset / (quotient + 1)
-                             : remainder + (offset - in_longer_parts) / quotient;
+  ETAP_HOST_DEVICE int32_t cta_of(int32_t position) const {
+    int32_t const unit = position / unit_tiles;
+    int32_t const offset = position - unit * unit_tiles;
+    int32_t const in_longer_parts = longer_parts * (part_tiles + 1);
+    int32_t const part = offset < in_longer_parts
+                             ? offset / (part_tiles + 1)
+                             : longer_parts + (offset - in_longer_parts) / part_tiles;
     return unit * parts_per_unit + part;
   }
 };
@@ -56,20 +68,28 @@ struct Partition {
 // and so pays for partial results and their merge. When all row tiles are equally long, cutting
 // each into the same number of parts (or giving whole row tiles to a CTA) makes every CTA begin and
 // end together; take that when it costs the slowest CTA at most 1/16 more tiles.
-ETAP_HOST_DEVICE Partition make_partition(int64_t total_tiles, int64_t row_tiles,
-                                          int64_t longest_row_tile, int64_t num_ctas) {
-  if (total_tiles == 0) return {0, 1, 1};
-  int64_t const shortest_span = (total_tiles + num_ctas - 1) / num_ctas;
-  bool const is_uniform = total_tiles == row_tiles * longest_row_tile;
+ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles,
+                                          int32_t longest_row_tile, int32_t num_ctas) {
+  if (total_tiles == 0) return {0, 1, 1, 1, 0};
+  int32_t const shortest_span = (total_tiles - 1) / num_ctas + 1;
+  int32_t unit_tiles = total_tiles;
+  int32_t parts = total_tiles < num_ctas ? total_tiles : num_ctas;
+  bool const is_uniform = int64_t(row_tiles) * longest_row_tile == total_tiles;
   if (is_uniform) {
-    int64_t const units_per_cta = (row_tiles + num_ctas - 1) / num_ctas;
-    int64_t parts = units_per_cta > 1 ? 1 : num_ctas / row_tiles;
-    if (parts > longest_row_tile) parts = longest_row_tile;
-    int64_t const unit_tiles = units_per_cta * longest_row_tile;
-    int64_t const span = (unit_tiles + parts - 1) / parts;
-    if (span <= shortest_span + shortest_span / 16) return {total_tiles, unit_tiles, parts};
+    bool const splits = row_tiles <= num_ctas;
+    int32_t const row_tiles_per_unit = splits ? 1 : (row_tiles - 1) / num_ctas + 1;
+    int32_t const parts_wanted = splits ? num_ctas / row_tiles : 1;
+    int32_t const aligned_unit = saturating_multiply(row_tiles_per_unit, longest_row_tile);
+    int32_t const aligned_parts =
+        parts_wanted < longest_row_tile ? parts_wanted : longest_row_tile;
+    int32_t const span = (aligned_unit - 1) / aligned_parts + 1;
+    if (span <= shortest_span + shortest_span / 16) {
+      unit_tiles = aligned_unit;
+      parts = aligned_parts;
+    }
   }
-  return {total_tiles, total_tiles, total_tiles < num_ctas ? total_tiles : num_ctas};
+  int32_t const part_tiles = unit_tiles / parts;
+  return {total_tiles, unit_tiles, parts, part_tiles, unit_tiles - part_tiles * parts};
 }
 
 }  // namespace etap

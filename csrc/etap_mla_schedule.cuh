@@ -3,12 +3,10 @@
  *
  * Who works on what, found on the GPU from the index tensors as they are when the kernel runs. A
  * captured CUDA graph therefore follows changed lengths, pages and page tables by itself, and
- * nothing is ever copied to the host.
+ * nothing is ever copied to the host. Every CTA does this before its first load, so it is kept
+ * short: one round trip to memory, one barrier, 32-bit divisions.
  */
 #pragma once
-
-#include <cub/block/block_reduce.cuh>
-#include <cub/block/block_scan.cuh>
 
 #include "etap_mla_partition.h"
 #include "etap_mla_traits.cuh"
@@ -18,21 +16,13 @@ namespace etap {
 // Token numbers, rounded up to whole tiles, stay within 32 bits.
 constexpr int64_t kLongestRequest = INT32_MAX - kTokenTile;
 
-// One request, with every number clamped so that no index tensor can lead outside the buffers.
-struct Request {
-  int32_t query_begin;
-  int32_t query_len;
-  int32_t page_begin;  // offset into kv_indices
-  int32_t kv_len;
-};
-
+// Every number is clamped so that no index tensor can lead outside the buffers.
 __device__ __forceinline__ Request load_request(Params const& params, int32_t index) {
   if (index >= params.batch) return {0, 0, 0, 0};
   int32_t const query_begin = min(max(params.qo_indptr[index], 0), params.total_queries);
   int32_t const query_end = min(max(params.qo_indptr[index + 1], query_begin), params.total_queries);
-  int32_t const page_limit = int32_t(params.num_kv_indices);
-  int32_t const page_begin = min(max(params.kv_indptr[index], 0), page_limit);
-  int32_t const page_end = min(max(params.kv_indptr[index + 1], page_begin), page_limit);
+  int32_t const page_begin = min(max(params.kv_indptr[index], 0), params.num_kv_indices);
+  int32_t const page_end = min(max(params.kv_indptr[index + 1], page_begin), params.num_kv_indices);
   int64_t const capacity = min(int64_t(page_end - page_begin) * params.page_size, kLongestRequest);
   int32_t const kv_len = int32_t(min(int64_t(max(params.kv_len_arr[index], 0)), capacity));
   return {query_begin, query_end - query_begin, page_begin, kv_len};
@@ -45,90 +35,78 @@ __device__ __forceinline__ int32_t count_token_tiles(Request const& request) {
 
 template <int kRowTile>
 __device__ __forceinline__ int32_t count_row_tiles(Params const& params, Request const& request) {
-  return int32_t((int64_t(request.query_len) * params.num_heads + kRowTile - 1) / kRowTile);
+  return (request.query_len * params.num_heads + kRowTile - 1) / kRowTile;
 }
 
-// One run of token tiles of one row tile: what a CTA does between loading Q and writing O.
-struct Segment {
-  Request request;
-  int32_t row_begin;  // first packed row of the row tile, within the request
-  int32_t num_rows;   // rows of it that exist
-  int32_t tile_begin, tile_end;
-  bool begins_row_tile, ends_row_tile;
-  int32_t parts_from_here;  // CTAs, this one included, that work on the rest of the row tile
+template <int kRowTile>
+__device__ __forceinline__ int32_t count_tiles(Params const& params, Request const& request) {
+  return saturating_multiply(count_token_tiles(request),
+                             count_row_tiles<kRowTile>(params, request));
+}
 
-  __device__ int32_t num_tiles() const { return tile_end - tile_begin; }
-  __device__ bool is_whole() const { return begins_row_tile && ends_row_tile; }
-};
-
-struct RequestTotals {
-  int64_t tiles;
-  int64_t row_tiles;
-  int64_t longest;
-};
-
-struct AddTotals {
-  __device__ RequestTotals operator()(RequestTotals const& a, RequestTotals const& b) const {
-    return {a.tiles + b.tiles, a.row_tiles + b.row_tiles, max(a.longest, b.longest)};
-  }
-};
-
-using TotalsReduce = cub::BlockReduce<RequestTotals, kThreads>;
-using TilesScan = cub::BlockScan<int64_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-
-struct ScheduleScratch {
-  union {
-    typename TotalsReduce::TempStorage reduce;
-    typename TilesScan::TempStorage scan;
-  };
-  RequestTotals totals;
-};
-
-// Run by all threads of the CTA together; afterwards all see `work`.
+// Run by all threads of the CTA together; `work` is there for all after the next barrier. Thread t
+// counts the t-th of kThreads equal shares of the requests.
 template <int kRowTile>
 __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, CtaWork& work) {
-  auto totals_of = [&](Request const& request) -> RequestTotals {
-    int64_t const row_tiles = count_row_tiles<kRowTile>(params, request);
-    int64_t const tiles = count_token_tiles(request);
-    return {row_tiles * tiles, row_tiles, row_tiles > 0 ? tiles : 0};
-  };
-
-  RequestTotals const mine = totals_of(load_request(params, threadIdx.x));
-  RequestTotals sum = mine;
-  for (int32_t i = threadIdx.x + kThreads; i < params.batch; i += kThreads) {
-    sum = AddTotals{}(sum, totals_of(load_request(params, i)));
+  int32_t const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int32_t const requests = params.requests_per_thread;
+  int32_t const first = int32_t(threadIdx.x) * requests;
+  int32_t tiles = 0, row_tiles = 0, longest = 0;
+  for (int32_t i = 0; i < requests; ++i) {
+    Request const request = load_request(params, first + i);
+    int32_t const request_row_tiles = count_row_tiles<kRowTile>(params, request);
+    tiles = saturating_add(tiles, count_tiles<kRowTile>(params, request));
+    row_tiles += request_row_tiles;
+    longest = max(longest, request_row_tiles > 0 ? count_token_tiles(request) : 0);
   }
-  sum = TotalsReduce(scratch.reduce).Reduce(sum, AddTotals{});
-  if (threadIdx.x == 0) scratch.totals = sum;
+
+  int32_t through = tiles;  // of this warp's threads up to this one
+#pragma unroll
+  for (int32_t distance = 1; distance < 32; distance *= 2) {
+    int32_t const earlier = __shfl_up_sync(0xffffffff, through, distance);
+    if (lane >= distance) through = saturating_add(through, earlier);
+  }
+  row_tiles = __reduce_add_sync(0xffffffff, row_tiles);
+  longest = __reduce_max_sync(0xffffffff, longest);
+  if (lane == 31) {
+    scratch.tiles[warp] = through;
+    scratch.row_tiles[warp] = row_tiles;
+    scratch.longest[warp] = longest;
+  }
   __syncthreads();
 
-  RequestTotals const totals = scratch.totals;
-  auto const partition =
-      make_partition(totals.tiles, totals.row_tiles, totals.longest, gridDim.x);
-  int64_t const begin = partition.begin(blockIdx.x);
+  int32_t before = 0, total = 0;
+  row_tiles = longest = 0;
+#pragma unroll
+  for (int32_t i = 0; i < kThreads / 32; ++i) {
+    if (i == warp) before = total;
+    total = saturating_add(total, scratch.tiles[i]);
+    row_tiles += scratch.row_tiles[i];
+    longest = max(longest, scratch.longest[i]);
+  }
+  Partition const partition = make_partition(total, max(row_tiles, 1), longest, gridDim.x);
+  int32_t const begin = partition.begin(blockIdx.x);
   if (threadIdx.x == 0) {
     work.partition = partition;
     work.begin = begin;
-    work.end = partition.begin(int64_t(blockIdx.x) + 1);
+    work.end = partition.begin(blockIdx.x + 1);
   }
-
-  int64_t chunk_begin = 0;  // first tile of the chunk's first request
-  for (int32_t chunk = 0; chunk < params.batch && chunk_begin <= begin; chunk += kThreads) {
-    int32_t const index = chunk + int32_t(threadIdx.x);
-    int64_t const tiles = chunk == 0 ? mine.tiles : totals_of(load_request(params, index)).tiles;
-    int64_t before, chunk_tiles;
-    TilesScan(scratch.scan).ExclusiveSum(tiles, before, chunk_tiles);
-    before += chunk_begin;
-    if (before <= begin && begin < before + tiles) {
-      work.first_request = index;
-      work.first_request_begin = before;
+  int32_t request_begin = saturating_add(before, through - tiles);
+  if (begin < request_begin || begin >= saturating_add(before, through)) return;
+  for (int32_t i = first;; ++i) {  // this thread's share holds the CTA's first tile
+    Request const request = load_request(params, i);
+    int32_t const request_end = request_begin + count_tiles<kRowTile>(params, request);
+    if (begin < request_end) {
+      work.first_request = i;
+      work.first_request_begin = request_begin;
+      return;
     }
-    chunk_begin += chunk_tiles;
-    __syncthreads();
+    request_begin = request_end;
   }
 }
 
-// Walks the segments of one CTA. Every role of the CTA walks for itself and sees the same ones.
+// Walks the segments of one CTA. Both loaders walk for themselves and see the same ones; the math
+// warpgroups are told by the loader of the queries.
 template <int kRowTile>
 class SegmentWalk {
  public:
@@ -147,40 +125,41 @@ class SegmentWalk {
   __device__ bool next() {
     if (position_ >= work_.end) return false;
     Request& request = segment.request;
-    int64_t tiles = count_token_tiles(request);
-    int64_t request_end = request_begin_ + tiles * count_row_tiles<kRowTile>(params_, request);
-    while (position_ >= request_end) {
-      request_begin_ = request_end;
+    while (position_ >= saturating_add(request_begin_, count_tiles<kRowTile>(params_, request))) {
+      request_begin_ += count_tiles<kRowTile>(params_, request);
       request = next_request_;
+      if (++index_ >= params_.batch) return false;
       // Loaded one request ahead, so that nobody waits for it between two segments.
-      next_request_ = load_request(params_, ++index_ + 1);
-      tiles = count_token_tiles(request);
-      request_end += tiles * count_row_tiles<kRowTile>(params_, request);
+      next_request_ = load_request(params_, index_ + 1);
     }
-    int64_t const offset = position_ - request_begin_;
-    int64_t const row_tile = offset / tiles;
-    int64_t const row_tile_end = request_begin_ + (row_tile + 1) * tiles;
-    int64_t const end = min(row_tile_end, work_.end);
-
-    segment.row_begin = int32_t(row_tile) * kRowTile;
+    int32_t const tiles = count_token_tiles(request);
+    int32_t const offset = position_ - request_begin_;
+    // Most requests have a single row tile; spare them the division.
+    int32_t const row_tile = offset < tiles ? 0 : offset / tiles;
+    segment.row_begin = row_tile * kRowTile;
     segment.num_rows = min(kRowTile, request.query_len * params_.num_heads - segment.row_begin);
-    segment.tile_begin = int32_t(offset - row_tile * tiles);
-    segment.tile_end = segment.tile_begin + int32_t(end - position_);
+    segment.packed_row = request.query_begin * params_.num_heads + segment.row_begin;
+    segment.tile_begin = offset - row_tile * tiles;
+    segment.tile_end = min(tiles, segment.tile_begin + (work_.end - position_));
+    segment.row_tile_end = position_ - segment.tile_begin + tiles;
     segment.begins_row_tile = segment.tile_begin == 0;
-    segment.ends_row_tile = end == row_tile_end;
-    segment.parts_from_here =
-        segment.ends_row_tile
-            ? 1
-            : int32_t(work_.partition.cta_of(row_tile_end - 1)) - int32_t(blockIdx.x) + 1;
-    position_ = end;
+    segment.ends_row_tile = segment.tile_end == tiles;
+    position_ += segment.num_tiles();
     return true;
+  }
+
+  // What the merge kernel has to know of a row tile that begins here and ends in a later CTA.
+  __device__ MergeDescriptor merge_descriptor() const {
+    int32_t const last_cta = work_.partition.cta_of(segment.row_tile_end - 1);
+    int32_t const num_parts = min(last_cta, int32_t(gridDim.x) - 1) - int32_t(blockIdx.x) + 1;
+    return {num_parts, segment.num_rows, segment.packed_row, 0};
   }
 
  private:
   Params const& params_;
   CtaWork const& work_;
-  int64_t position_;
-  int64_t request_begin_;
+  int32_t position_;
+  int32_t request_begin_;
   int32_t index_;
   Request next_request_;
 };

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 #include <cutlass/arch/barrier.h>
+#include <cutlass/fast_math.h>
 #include <cutlass/numeric_types.h>
 
 #include <cstdint>
@@ -36,11 +37,11 @@ constexpr int kMathThreads = kMathWarpgroups * kWarpgroupThreads;
 constexpr int kThreads = kMathThreads + kWarpgroupThreads;
 constexpr int kBoxesPerWarpgroup = kCkvBoxes / kMathWarpgroups;  // of d_v: 256 columns each
 
-// Registers a thread after the producer gave most of its share to the math warpgroups.
+// Registers a thread, after the producer gave some of its share to the math warpgroups.
 constexpr int kProducerRegisters = 56;
 constexpr int kMathRegisters = 224;
-static_assert((kProducerRegisters + kMathWarpgroups * kMathRegisters) * kWarpgroupThreads <= 65536,
-              "the register file of an SM holds 65,536 registers");
+static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= 3 * 168,
+              "a CTA of 384 threads starts with 168 registers a thread");
 
 // Warps of the producer warpgroup: 0 and 1 load the cache, 2 and 3 load the queries.
 constexpr int kGatherThreads = 64;
@@ -52,11 +53,50 @@ constexpr int kSharedMemoryLimit = 227 * 1024;
 // kGather: 16-byte asynchronous copies, token by token, for every other page size.
 enum class KvLoader { kTma, kGather };
 
+// One request, as the kernel sees it.
+struct Request {
+  int32_t query_begin;
+  int32_t query_len;
+  int32_t page_begin;  // offset into kv_indices
+  int32_t kv_len;
+};
+
+// One run of token tiles of one row tile: what a CTA does between loading Q and writing O.
+struct Segment {
+  Request request;
+  int32_t row_begin;   // first packed row of the row tile, within the request
+  int32_t num_rows;    // rows of it that exist
+  int32_t packed_row;  // of its first row: query * num_heads + head over the whole batch
+  int32_t tile_begin, tile_end;
+  int32_t row_tile_end;  // on the line of all tiles
+  bool begins_row_tile, ends_row_tile;
+
+  __device__ int32_t num_tiles() const { return tile_end - tile_begin; }
+  __device__ bool is_whole() const { return begins_row_tile && ends_row_tile; }
+};
+
+// What one CTA does: tiles [begin, end) of the line, the first of which lies in `first_request`,
+// whose own tiles begin at `first_request_begin`.
+struct CtaWork {
+  Partition partition;
+  int32_t begin, end;
+  int32_t first_request_begin;
+  int32_t first_request;
+};
+
+// Sums of each warp, while the schedule is made.
+struct ScheduleScratch {
+  int32_t tiles[kThreads / 32];
+  int32_t row_tiles[kThreads / 32];
+  int32_t longest[kThreads / 32];
+};
+
 // What the first CTA of a split row tile tells the merge kernel; num_parts is 0 for none.
-struct MergeDescriptor {
-  int32_t num_parts;    // CTAs c, c + 1, ..., c + num_parts - 1 hold one part each
-  int32_t num_rows;     // rows of the tile that exist
-  int64_t packed_row;   // of its first row: query * num_heads + head over the whole batch
+struct alignas(16) MergeDescriptor {
+  int32_t num_parts;   // CTAs c, c + 1, ..., c + num_parts - 1 hold one part each
+  int32_t num_rows;    // rows of the tile that exist
+  int32_t packed_row;  // of its first row: query * num_heads + head over the whole batch
+  int32_t unused;
 };
 
 struct Params {
@@ -73,13 +113,16 @@ struct Params {
   int32_t const* kv_indptr;   // [batch + 1], in pages
   int32_t const* kv_indices;  // [num_kv_indices]
   int32_t const* kv_len_arr;  // [batch], in tokens
-  int64_t num_kv_indices;
+  int32_t num_kv_indices;
   int32_t batch;
+  int32_t requests_per_thread;  // ceil(batch / kThreads)
   int32_t num_heads;
   int32_t total_queries;
   int32_t num_pages;
   int32_t page_size;
   int32_t rows_per_copy;  // kTma: gcd(page_size, 64)
+  cutlass::FastDivmod divide_by_heads;      // packed row -> query, head
+  cutlass::FastDivmod divide_by_page_size;  // token -> page of the request, row in the page
   bool causal;
 
   float scale_log2;  // sm_scale * log2(e): the softmax works in powers of two
@@ -94,15 +137,6 @@ struct Params {
   float* partial_out;   // [2 * num_ctas, 512 * row_tile], in the order of accumulator fragments
   float2* partial_ml;   // [2 * num_ctas, row_tile]: running maximum (base 2) and sum
   MergeDescriptor* merge_descriptors;  // [num_ctas]
-};
-
-// What one CTA does: tiles [begin, end) of the line, the first of which lies in `first_request`,
-// whose own tiles begin at `first_request_begin`.
-struct CtaWork {
-  Partition partition;
-  int64_t begin, end;
-  int64_t first_request_begin;
-  int32_t first_request;
 };
 
 template <typename DType_, int kRowTile_, KvLoader kKvLoader_>
@@ -129,7 +163,7 @@ struct EtapMlaTraits {
     int const query = kRowTile * (kHeadDimCkv + kHeadDimKpe) * int(sizeof(DType));
     int const probability = 2 * 2 * kRowTile * kTokenTile * int(sizeof(DType));
     int const statistics = (3 + 2 * 4) * kRowTile * int(sizeof(float));
-    int const fixed = query + probability + statistics + 192;
+    int const fixed = query + probability + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) + 64;
     return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
   }();
   static_assert(kRingBoxes >= kBoxesPerTile, "the ring must hold a whole token tile");
@@ -161,7 +195,9 @@ struct EtapMlaTraits {
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
     uint64_t query_full, query_empty;
     uint64_t probability_ready[2];  // [tile parity]
+    Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
+    ScheduleScratch schedule;
   };
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };
