@@ -1,7 +1,9 @@
 """Stock FlashInfer, imported when it is first needed."""
 
+import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +44,11 @@ def make_wrapper(
     )
 
 
+@functools.cache
+def _parameter_names(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def call(method: Any, arguments: dict[str, Any]) -> Any:
     """Call ``plan`` or ``run`` of the stock wrapper with the arguments the caller gave.
 
@@ -50,7 +57,7 @@ def call(method: Any, arguments: dict[str, Any]) -> Any:
     TypeError
         If the installed FlashInfer is older than one of the arguments.
     """
-    known = inspect.signature(method).parameters
+    known = _parameter_names(method.__func__)
     unknown = [name for name in arguments if name not in known]
     if unknown:
         version = importlib.import_module("flashinfer").__version__
