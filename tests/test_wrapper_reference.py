@@ -209,6 +209,17 @@ def test_index_tensors_on_the_device_are_followed() -> None:
     assert_close(problem, out, lse)
 
 
+def test_query_offsets_on_the_device_are_followed() -> None:
+    problem = PagedProblem([3, 1], [9, 30], dtype=torch.float32, causal=True)
+    wrapper = make_wrapper()
+    final = problem.qo_indptr.clone()
+    problem.qo_indptr.copy_(torch.tensor([0, 1, 2]))
+    wrapper.plan(**problem.plan_arguments)
+    problem.qo_indptr.copy_(final)
+    out, lse = wrapper.run(*problem.inputs, return_lse=True, return_lse_base_on_e=True)
+    assert_close(problem, out, lse)
+
+
 class TestGraphBuffers:
     """With use_cuda_graph, plan copies into the caller's buffers, whose addresses stay fixed."""
 

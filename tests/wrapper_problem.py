@@ -15,8 +15,8 @@ ATTENDS_TO_NOTHING = -math.inf
 class PagedProblem:
     """A batch of requests with queries, a shuffled paged cache and its page table.
 
-    Everything that no request may read is NaN: unused pages, the rest of each last page, and pages
-    listed beyond a request's last one.
+    Everything that no request may read is NaN: unused pages and the rest of each last page. What is
+    listed beyond a request's last page is no page of the pool.
     """
 
     query_lens: list[int]
@@ -53,6 +53,8 @@ class PagedProblem:
         self.kv_indices = pages[: sum(listed)].int()
         self.kv_len_arr = torch.tensor(self.kv_lens, dtype=torch.int32)
         for request, length in enumerate(self.kv_lens):
+            end = int(self.kv_indptr[request + 1])
+            self.kv_indices[end - self.spare_pages : end] = 2**30
             for token in range(length):
                 page, slot = self._place(request, token)
                 self.cache[page, slot] = torch.randn(width, generator=random).to(self.dtype)
