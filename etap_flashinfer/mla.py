@@ -59,8 +59,8 @@ class BatchMLAPagedAttentionWrapper:
     Attributes
     ----------
     backend : str
-        The backend in use. With ``backend="auto"`` on a Hopper GPU it is ``"auto"`` until ``plan``
-        has chosen.
+        The backend in use. With ``backend="auto"`` on a GPU it may be ``"auto"`` until ``plan`` has
+        chosen.
     device : torch.device
         The workspace's device.
 
@@ -122,11 +122,11 @@ class BatchMLAPagedAttentionWrapper:
         # The ETAP kernel's entry points used so far, by (dtype, row tile, loader).
         self._kernels: dict[tuple[torch.dtype, int, str], Callable[..., None]] = {}
 
-        device_refusal = dispatch.etap_device_refusal(self.device)
+        self._device_refusal = dispatch.etap_device_refusal(self.device)
         self._is_always_stock = backend in stock.BACKENDS
-        if backend == "etap" and device_refusal:
+        if backend == "etap" and self._device_refusal:
             raise ValueError(
-                f"backend 'etap': {device_refusal}; use backend='auto' or 'reference' here"
+                f"backend 'etap': {self._device_refusal}; use backend='auto' or 'reference' here"
             )
         if self._is_always_stock and self.device.type == "cpu":
             raise ValueError(
@@ -138,10 +138,9 @@ class BatchMLAPagedAttentionWrapper:
             _log_choice("reference", self.device, "the workspace is on the CPU")
         elif self._is_always_stock:
             self._use_stock(backend)
-        elif backend == "auto" and device_refusal:
+        elif backend == "auto" and self._device_refusal:
             self._is_always_stock = True
             self._use_stock("auto")
-            _log_choice(self.backend, self.device, f"stock FlashInfer, for ETAP: {device_refusal}")
 
     def plan(
         self,
@@ -262,6 +261,8 @@ skip_softmax, use_sinks
         self._is_planned = False  # a plan that fails leaves none behind
         if self._is_always_stock:
             self._plan_stock(index, metadata, problem, options)
+            if self._requested_backend == "auto":
+                self._log_stock(self._device_refusal)
             self._is_planned = True
             return
         checked = planning.checked_problem(problem)
@@ -283,7 +284,7 @@ skip_softmax, use_sinks
         elif self._requested_backend == "auto" and self.backend != "reference":
             self._use_stock("fa3" if kv_data_type == torch.float8_e4m3fn else "auto")
             self._plan_stock(index, metadata, problem, options)
-            _log_choice(self.backend, self.device, f"stock FlashInfer, for ETAP: {refusal}")
+            self._log_stock(refusal)
         else:
             raise ValueError(f"backend {self.backend!r}: {refusal}")
         self._is_planned = True
@@ -489,6 +490,9 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
         arguments = {name: value for name, value in given.items() if value is not None}
         stock.call(self._stock.plan, arguments | options)
         self.backend = getattr(self._stock, "_backend", self.backend)  # "auto" has chosen by now
+
+    def _log_stock(self, refusal: str | None) -> None:
+        _log_choice(self.backend, self.device, f"stock FlashInfer, for ETAP: {refusal}")
 
     def _run_stock(self, given: dict[str, Any]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         arguments = {name: value for name, value in given.items() if value is not None}

@@ -1,5 +1,6 @@
 """Semantics of the wrapper, on the CPU with the reference backend, against dense float64."""
 
+import doctest
 import math
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wrapper_problem import PagedProblem
 
-from etap_flashinfer import BatchMLAPagedAttentionWrapper
+from etap_flashinfer import BatchMLAPagedAttentionWrapper, mla
 from etap_flashinfer.reference import mla_paged_attention
 
 # Relative error of rounding to the output type; beside it, the absolute error of the arithmetic
@@ -266,6 +267,12 @@ class TestGraphBuffers:
         wrapper.plan(**(problem.plan_arguments | buffers))
         out, lse = wrapper.run(*problem.inputs, return_lse=True, return_lse_base_on_e=True)
         assert_close(problem, out, lse)
+
+
+def test_example_of_the_docstring() -> None:
+    results = doctest.testmod(mla)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_wrappers_share_no_state() -> None:
