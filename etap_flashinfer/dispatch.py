@@ -1,0 +1,119 @@
+"""What the ETAP kernel serves, and which of its compiled variants serves a call best."""
+
+import math
+from typing import Literal
+
+import torch
+
+HEAD_DIM_CKV = 512
+HEAD_DIM_KPE = 64
+MAX_NUM_HEADS = 128
+DTYPES = (torch.bfloat16, torch.float16)
+ROW_TILES = (8, 16, 32, 64)
+HOPPER = (9, 0)
+
+# The kernel's token tile, and the fewest rows of one page that a TMA copy box may hold.
+TOKEN_TILE = 64
+MIN_ROWS_PER_COPY = 8
+
+
+def choose_row_tile(num_heads: int, query_len: int) -> int:
+    """Choose the row tile, WGMMA's N, for requests of ``query_len`` queries.
+
+    Any row tile gives a right result for any input; the smallest that holds the packed rows
+    (query x head) of a request wastes the least, and several tiles of 64 cover more than 64 rows.
+
+    Parameters
+    ----------
+    num_heads : int
+        Query heads.
+    query_len : int
+        Longest query of the batch, or an estimate of it.
+
+    Returns
+    -------
+    int
+        8, 16, 32 or 64.
+    """
+    rows = num_heads * query_len
+    for row_tile in ROW_TILES:
+        if rows <= row_tile:
+            return row_tile
+    return ROW_TILES[-1]
+
+
+def choose_kv_loader(page_size: int) -> Literal["tma", "gather"]:
+    """Choose how the kernel reads the cache.
+
+    TMA copies boxes of ``gcd(page_size, 64)`` tokens of one page, of at least 8 tokens each; every
+    other page size is read token by token.
+    """
+    return "tma" if math.gcd(page_size, TOKEN_TILE) >= MIN_ROWS_PER_COPY else "gather"
+
+
+def etap_device_refusal(device: torch.device) -> str | None:
+    """Say why the ETAP kernel can't run on ``device``; None if it can."""
+    if device.type != "cuda":
+        return f"it runs on Hopper GPUs (compute capability 9.0), and the workspace is on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != HOPPER:
+        major, minor = capability
+        return (
+            f"it runs on Hopper GPUs (compute capability 9.0), and {device} has compute "
+            f"capability {major}.{minor}"
+        )
+    return None
+
+
+def etap_problem_refusal(
+    num_heads: int,
+    head_dim_ckv: int,
+    head_dim_kpe: int,
+    q_data_type: torch.dtype,
+    kv_data_type: torch.dtype,
+) -> str | None:
+    """Say why the ETAP kernel can't serve such a problem on any device; None if it can."""
+    if kv_data_type == torch.float8_e4m3fn:
+        return (
+            "kv_data_type torch.float8_e4m3fn is not supported yet; use backend='fa3' (stock "
+            "FlashInfer), which backend='auto' chooses"
+        )
+    if q_data_type not in DTYPES or kv_data_type != q_data_type:
+        return (
+            f"got q_data_type {q_data_type} and kv_data_type {kv_data_type}; allowed: both "
+            "torch.bfloat16 or both torch.float16"
+        )
+    if (head_dim_ckv, head_dim_kpe) != (HEAD_DIM_CKV, HEAD_DIM_KPE):
+        return (
+            f"got head_dim_ckv {head_dim_ckv} and head_dim_kpe {head_dim_kpe}; allowed: "
+            f"{HEAD_DIM_CKV} and {HEAD_DIM_KPE}"
+        )
+    if not 1 <= num_heads <= MAX_NUM_HEADS:
+        return f"got num_heads {num_heads}; allowed: 1 to {MAX_NUM_HEADS}"
+    return None
+
+
+def is_supported(
+    device: torch.device,
+    num_heads: int,
+    head_dim_ckv: int,
+    head_dim_kpe: int,
+    q_data_type: torch.dtype,
+    kv_data_type: torch.dtype,
+) -> bool:
+    """Whether ``backend="auto"`` takes the ETAP kernel for such a problem on ``device``.
+
+    Parameters
+    ----------
+    device : torch.device
+        The workspace's device.
+    num_heads, head_dim_ckv, head_dim_kpe : int
+        As given to ``plan``.
+    q_data_type, kv_data_type : torch.dtype
+        As given to ``plan``.
+    """
+    return (
+        etap_device_refusal(device) is None
+        and etap_problem_refusal(num_heads, head_dim_ckv, head_dim_kpe, q_data_type, kv_data_type)
+        is None
+    )

@@ -1,0 +1,144 @@
+"""What ``plan`` is given, checked, and what it leaves for ``run``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import dispatch, validation
+from .validation import Problem
+
+# qo_indptr, kv_indptr, kv_indices, kv_len_arr
+IndexTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+PLAN_DEFAULTS: dict[str, Any] = {
+    "use_profiler": False,
+    "cum_seq_lens_q": None,
+    "block_tables": None,
+    "seq_lens": None,
+    "max_q_len": None,
+    "query_layout": None,
+    "kv_cache_layout": None,
+    "lse_mode": "none",
+    "output_dtype": None,
+    "output_scale": "none",
+    "scale_mode": "default",
+    "skip_softmax": False,
+    "enable_pdl": None,
+    "use_sinks": False,
+}
+
+
+@dataclass
+class Plan:
+    """What ``plan`` leaves for ``run``."""
+
+    problem: Problem
+    lse_mode: str
+    index: IndexTensors
+    batch_size: int
+    # Known if qo_indptr came from the CPU to a workspace elsewhere: a copy, which nobody changes.
+    total_queries: int | None
+    max_query_len: int | None
+
+
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that differ from their defaults."""
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not PLAN_DEFAULTS[name]
+        and (isinstance(value, torch.Tensor) or value != PLAN_DEFAULTS[name])
+    }
+
+
+def checked_problem(arguments: dict[str, Any]) -> Problem:
+    missing = [name for name, value in arguments.items() if value is None]
+    if missing:
+        raise TypeError(f"plan() is missing {', '.join(missing)}")
+    problem = Problem(**arguments)
+    validation.check_problem(problem)
+    problem.sm_scale = float(problem.sm_scale)
+    return problem
+
+
+def refusal_of(
+    problem: Problem, metadata: Any, options: dict[str, Any], for_etap: bool
+) -> str | None:
+    """Say why ETAP, or the reference, can't serve a plan that stock FlashInfer may; else None."""
+    if metadata is not None and getattr(metadata, "qo_indptr", None) is None:
+        return "metadata holds dense page tables only; give MLAPlanMetadata.csr(...)"
+    if refusal := validation.plan_option_refusal(options, problem.q_data_type):
+        return refusal
+    if for_etap:
+        return dispatch.etap_problem_refusal(
+            problem.num_heads,
+            problem.head_dim_ckv,
+            problem.head_dim_kpe,
+            problem.q_data_type,
+            problem.kv_data_type,
+        )
+    validation.check_reference_dtypes(problem)
+    return None
+
+
+def csr_tensors(index: dict[str, Any], metadata: Any) -> IndexTensors:
+    """The four index tensors, given one by one or in ``metadata``."""
+    given = [name for name, tensor in index.items() if tensor is not None]
+    if metadata is not None:
+        if given:
+            raise ValueError(f"plan() got both metadata and {', '.join(given)}; give one of them")
+        index = {name: getattr(metadata, name, None) for name in index}
+    missing = [name for name, tensor in index.items() if tensor is None]
+    if missing:
+        raise TypeError(f"plan() is missing {', '.join(missing)}")
+    return index["qo_indptr"], index["kv_indptr"], index["kv_indices"], index["kv_len_arr"]
+
+
+def make_plan(
+    problem: Problem,
+    lse_mode: str,
+    index: IndexTensors,
+    device: torch.device,
+    graph_buffers: IndexTensors | None,
+) -> Plan:
+    """Check the index tensors and bring them to the device, or into a CUDA graph's buffers.
+
+    Tensors on the device are kept as they are: nothing is read from them.
+    """
+    validation.check_index_tensors(*index, device)
+    qo_indptr, kv_indptr, kv_indices, kv_len_arr = index
+    batch_size = kv_len_arr.numel()
+    total_queries: int | None = None
+    max_query_len: int | None = None
+    if qo_indptr.is_cpu:
+        total_queries, max_query_len = validation.query_extent(qo_indptr, batch_size)
+    if kv_indptr.is_cpu and kv_len_arr.is_cpu:
+        validation.check_page_values(kv_indptr, kv_indices, kv_len_arr, problem.page_size)
+    if device.type == "cpu":
+        # On a CPU workspace the tensors are referenced: the caller may change them in place.
+        total_queries = max_query_len = None
+    if batch_size == 0:
+        total_queries = 0
+    if graph_buffers is None:
+        kept = [tensor.to(device, non_blocking=True) for tensor in index]
+        index = (kept[0], kept[1], kept[2], kept[3])
+    else:
+        _copy_to_graph_buffers(index, graph_buffers)
+        index = graph_buffers
+    return Plan(problem, lse_mode, index, batch_size, total_queries, max_query_len)
+
+
+def _copy_to_graph_buffers(index: IndexTensors, buffers: IndexTensors) -> None:
+    batch_size, num_pages = index[3].numel(), index[2].numel()
+    validation.check_fits_graph_buffers(batch_size, num_pages, buffers)
+    lengths = (batch_size + 1, batch_size + 1, num_pages, batch_size)
+    targets, sources = [], []
+    for buffer, given, length in zip(buffers, index, lengths, strict=True):
+        if buffer.data_ptr() != given.data_ptr():  # else the caller wrote into the buffer
+            targets.append(buffer[:length])
+            sources.append(given[:length])
+    if targets:
+        # One launch for all four where they are on the GPU already.
+        torch._foreach_copy_(targets, sources, non_blocking=True)

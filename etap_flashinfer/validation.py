@@ -1,0 +1,436 @@
+"""Checks of what callers pass to the wrapper: each error says what was given and what is allowed.
+
+The checks of tensors run on every ``plan`` or ``run``, so they compare attributes in one pass and
+put together a message only when one of them differs. None of them copies from a GPU.
+"""
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ALIGNMENT_BYTES = 16
+STRIDE_ELEMENTS = 8
+# The kernel writes its output in pairs of elements.
+OUT_STRIDE_ELEMENTS = 2
+OUT_ALIGNMENT_BYTES = 4
+REFERENCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LSE_MODES = ("none", "base2", "basee")
+LAYOUTS = (None, "packed", "split")
+
+
+@dataclass
+class Problem:
+    """The arguments of ``plan`` that are not tensors and that every backend needs."""
+
+    num_heads: int
+    head_dim_ckv: int
+    head_dim_kpe: int
+    page_size: int
+    causal: bool
+    sm_scale: float
+    q_data_type: torch.dtype
+    kv_data_type: torch.dtype
+
+
+def check_workspace(workspace: Any) -> None:
+    """Check what holds for the workspace of every backend."""
+    if not isinstance(workspace, torch.Tensor):
+        raise TypeError(
+            f"float_workspace_buffer is a {type(workspace).__name__}; it must be a torch.Tensor"
+        )
+    if not workspace.is_contiguous():
+        raise ValueError(
+            f"float_workspace_buffer has shape {list(workspace.shape)} and strides "
+            f"{list(workspace.stride())}; it must be contiguous"
+        )
+
+
+def check_workspace_bytes(workspace: torch.Tensor, needed: int) -> None:
+    """Check size and alignment of the workspace, viewed as bytes, for the ETAP kernel."""
+    if workspace.numel() < needed:
+        raise ValueError(
+            f"float_workspace_buffer has {workspace.numel()} bytes; the ETAP kernel needs {needed} "
+            f"on {workspace.device}"
+        )
+    if workspace.data_ptr() % ALIGNMENT_BYTES:
+        raise ValueError(
+            f"float_workspace_buffer starts at address {workspace.data_ptr():#x}; it must be a "
+            f"multiple of {ALIGNMENT_BYTES} bytes"
+        )
+
+
+def check_problem(problem: Problem) -> None:
+    """Check types and ranges that hold for every backend."""
+    for name, lowest in (
+        ("num_heads", 1),
+        ("head_dim_ckv", 1),
+        ("head_dim_kpe", 0),
+        ("page_size", 1),
+    ):
+        value = getattr(problem, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be an int")
+        if value < lowest:
+            raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+    if not isinstance(problem.causal, bool):
+        raise TypeError(f"causal is {problem.causal!r}; it must be True or False")
+    if not isinstance(problem.sm_scale, numbers.Real) or isinstance(problem.sm_scale, bool):
+        raise TypeError(f"sm_scale is {problem.sm_scale!r}; it must be a float")
+    if not math.isfinite(problem.sm_scale):
+        raise ValueError(f"sm_scale is {problem.sm_scale}; it must be finite")
+    for name in ("q_data_type", "kv_data_type"):
+        value = getattr(problem, name)
+        if not isinstance(value, torch.dtype):
+            raise TypeError(f"{name} is {value!r}; it must be a torch.dtype")
+
+
+def check_reference_dtypes(problem: Problem) -> None:
+    """Check the data types that the reference backend computes with."""
+    for name in ("q_data_type", "kv_data_type"):
+        if getattr(problem, name) not in REFERENCE_DTYPES:
+            raise ValueError(
+                f"backend 'reference': {name} is {getattr(problem, name)}; allowed: "
+                f"{', '.join(map(str, REFERENCE_DTYPES))}"
+            )
+
+
+def check_index_tensors(
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_len_arr: torch.Tensor,
+    device: torch.device,
+) -> None:
+    """Check the four index tensors by their attributes: int32, one-dimensional, long enough."""
+    check_index_tensor("qo_indptr", qo_indptr, device)
+    check_index_tensor("kv_indptr", kv_indptr, device)
+    check_index_tensor("kv_indices", kv_indices, device)
+    check_index_tensor("kv_len_arr", kv_len_arr, device)
+    batch_size = kv_len_arr.numel()
+    for name, tensor in (("qo_indptr", qo_indptr), ("kv_indptr", kv_indptr)):
+        if tensor.numel() <= batch_size:
+            raise ValueError(
+                f"{name} has {tensor.numel()} elements; kv_len_arr gives a batch of {batch_size}, "
+                f"so at least {batch_size + 1} are needed"
+            )
+
+
+def check_index_tensor(name: str, tensor: Any, device: torch.device) -> None:
+    """Check one index tensor by its attributes; it may lie on the CPU or on ``device``."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be torch.int32")
+    if tensor.ndim != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}; it must "
+            "be one-dimensional and contiguous"
+        )
+    if tensor.device != device and not tensor.is_cpu:
+        raise ValueError(
+            f"{name} is on {tensor.device}; it must be on the workspace's device, {device}, or on "
+            "the CPU"
+        )
+
+
+def query_extent(qo_indptr: torch.Tensor, batch_size: int) -> tuple[int, int]:
+    """Check the query offsets, on the CPU; return total queries and the longest request's."""
+    offsets = qo_indptr[: batch_size + 1].long()  # differences of int32 could wrap around
+    if int(offsets[0]) != 0:
+        raise ValueError(f"qo_indptr starts at {int(offsets[0])}; it must start at 0")
+    if batch_size == 0:
+        return 0, 0
+    lengths = offsets.diff()
+    shortest = int(lengths.min())
+    if shortest < 0:
+        request = int(lengths.argmin())
+        raise ValueError(
+            f"qo_indptr falls from {int(offsets[request])} to {int(offsets[request + 1])} at "
+            f"request {request}; it must not decrease"
+        )
+    return int(offsets[-1]), int(lengths.max())
+
+
+def check_page_values(
+    kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_len_arr: torch.Tensor, page_size: int
+) -> None:
+    """Check page offsets and lengths, both on the CPU, against each other and ``kv_indices``."""
+    batch_size = kv_len_arr.numel()
+    if batch_size == 0:
+        return
+    offsets = kv_indptr[: batch_size + 1].long()
+    lengths = kv_len_arr.long()
+    pages = offsets.diff()
+    if int(lengths.min()) < 0:
+        request = int(lengths.argmin())
+        raise ValueError(
+            f"kv_len_arr is {int(lengths[request])} for request {request}; it must be at least 0"
+        )
+    if int(offsets[0]) < 0 or int(pages.min()) < 0:
+        raise ValueError(
+            f"kv_indptr starts at {int(offsets[0])} and has differences down to "
+            f"{int(pages.min())}; it must start at 0 or above and must not decrease"
+        )
+    if int(offsets[-1]) > kv_indices.numel():
+        raise ValueError(
+            f"kv_indptr ends at {int(offsets[-1])}; kv_indices has only {kv_indices.numel()} "
+            "elements"
+        )
+    excess = lengths - pages * page_size
+    if int(excess.max()) > 0:
+        request = int(excess.argmax())
+        raise ValueError(
+            f"kv_len_arr is {int(lengths[request])} for request {request}, whose "
+            f"{int(pages[request])} pages of {page_size} tokens hold "
+            f"{int(pages[request]) * page_size}"
+        )
+
+
+def checked_graph_buffers(
+    qo_indptr: Any, kv_indptr: Any, kv_indices: Any, kv_len_arr: Any, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check and return the caller's buffers of a CUDA graph: all given, int32, on the device."""
+    buffers = {
+        "qo_indptr": qo_indptr,
+        "kv_indptr": kv_indptr,
+        "kv_indices": kv_indices,
+        "kv_len_arr": kv_len_arr,
+    }
+    missing = [name for name, buffer in buffers.items() if buffer is None]
+    if missing:
+        raise ValueError(
+            f"use_cuda_graph=True needs the buffers {', '.join(buffers)}; missing: "
+            f"{', '.join(missing)}"
+        )
+    check_index_tensors(qo_indptr, kv_indptr, kv_indices, kv_len_arr, device)
+    for name, buffer in buffers.items():
+        if buffer.device != device:
+            raise ValueError(
+                f"the CUDA-graph buffer {name} is on {buffer.device}; it must be on the "
+                f"workspace's device, {device}"
+            )
+    return qo_indptr, kv_indptr, kv_indices, kv_len_arr
+
+
+def check_fits_graph_buffers(
+    batch_size: int, num_pages: int, buffers: tuple[torch.Tensor, ...]
+) -> None:
+    """Check that a plan fits the buffers of a captured graph."""
+    kv_indices, kv_len_arr = buffers[2], buffers[3]
+    if batch_size != kv_len_arr.numel():
+        raise ValueError(
+            f"kv_len_arr has {batch_size} elements; the CUDA-graph buffer was made for a batch of "
+            f"{kv_len_arr.numel()}, which cannot change (pad with requests of length 0)"
+        )
+    if num_pages > kv_indices.numel():
+        raise ValueError(
+            f"kv_indices has {num_pages} elements; the CUDA-graph buffer holds {kv_indices.numel()}"
+        )
+
+
+def plan_option_refusal(options: dict[str, Any], q_data_type: torch.dtype) -> str | None:
+    """Say which of plan's optional arguments only stock FlashInfer serves; None if none of them.
+
+    Parameters
+    ----------
+    options : dict
+        The optional arguments that differ from their defaults.
+    q_data_type : torch.dtype
+        The only output type allowed.
+    """
+    for name, value in options.items():
+        if name in ("query_layout", "kv_cache_layout"):
+            if value not in LAYOUTS:
+                raise ValueError(f"{name} is {value!r}; allowed: 'packed', 'split'")
+        elif name == "lse_mode":
+            if value not in LSE_MODES:
+                raise ValueError(f"lse_mode is {value!r}; allowed: {', '.join(LSE_MODES)}")
+        elif name == "output_dtype":
+            if value != q_data_type:
+                return f"output_dtype is {value}; allowed: q_data_type, {q_data_type}"
+        elif name == "enable_pdl":
+            if value is not False:
+                return f"enable_pdl is {value!r}; allowed: None or False"
+        elif isinstance(value, torch.Tensor):
+            return f"{name} (dense page tables) is not supported; give qo_indptr and the others"
+        else:
+            return f"{name} is {value!r}, which is not supported; leave it out"
+    return None
+
+
+def check_run_options(backend: str, options: dict[str, Any]) -> None:
+    """Refuse the arguments of ``run`` that only stock FlashInfer's backends take."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} was given, which backend {backend!r} does not support; only "
+                f"{_STOCK_RUN_OPTIONS[name]} takes it"
+            )
+
+
+_STOCK_RUN_OPTIONS = {
+    "profiler_buffer": "a plan of backend 'fa2' or 'fa3' with use_profiler=True",
+    "kv_len": "backend='cutlass'",
+    "page_table": "backend='cutlass'",
+    "o_scale": "backend='cutlass'",
+    "ckv_scale": "backend='fa3' with an fp8 cache",
+    "ckv_scale_arr": "backend='fa3' with an fp8 cache",
+    "kpe_scale": "backend='fa3' with an fp8 cache",
+    "sinks": "a stock FlashInfer backend planned with use_sinks=True",
+    "skip_softmax_threshold_scale_factor": "a stock FlashInfer backend planned for it",
+    "bmm1_scale": "a stock FlashInfer backend planned for it",
+    "bmm2_scale": "a stock FlashInfer backend planned for it",
+}
+
+
+def split_packed(name: str, value: Any, head_dim_ckv: int, head_dim_kpe: int) -> tuple[Any, Any]:
+    """Split ``query`` or ``kv_cache``, a packed tensor or a pair, into its two parts."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return value
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; it must be a packed torch.Tensor or a pair of "
+            "tensors"
+        )
+    if value.ndim != 3 or value.shape[2] != head_dim_ckv + head_dim_kpe:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; planned: three dimensions, the last of "
+            f"{head_dim_ckv} + {head_dim_kpe} elements"
+        )
+    return value[:, :, :head_dim_ckv], value[:, :, head_dim_ckv:]
+
+
+def check_tensor(
+    name: str,
+    tensor: Any,
+    leading: str,
+    trailing: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Check type, dtype, device and the last two of the three dimensions of an input of ``run``.
+
+    ``leading`` names the first dimension in the message.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; planned: {dtype}")
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device}; it must be on the workspace's device, {device}"
+        )
+    if tensor.ndim != 3 or tensor.shape[1:] != trailing:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}; planned: "
+            f"[{leading}, {trailing[0]}, {trailing[1]}]"
+        )
+
+
+def check_inputs(
+    q_nope: Any,
+    q_pe: Any,
+    ckv_cache: Any,
+    kpe_cache: Any,
+    problem: Problem,
+    device: torch.device,
+) -> None:
+    """Check queries and cache against what was planned."""
+    heads, page = problem.num_heads, problem.page_size
+    ckv, kpe = problem.head_dim_ckv, problem.head_dim_kpe
+    check_tensor("q_nope", q_nope, "total queries", (heads, ckv), problem.q_data_type, device)
+    check_tensor("q_pe", q_pe, "total queries", (heads, kpe), problem.q_data_type, device)
+    check_tensor("ckv_cache", ckv_cache, "pages", (page, ckv), problem.kv_data_type, device)
+    check_tensor("kpe_cache", kpe_cache, "pages", (page, kpe), problem.kv_data_type, device)
+    if q_pe.shape[0] != q_nope.shape[0]:
+        raise ValueError(f"q_pe holds {q_pe.shape[0]} queries, q_nope {q_nope.shape[0]}")
+    if kpe_cache.shape[0] != ckv_cache.shape[0]:
+        raise ValueError(
+            f"kpe_cache has {kpe_cache.shape[0]} pages, ckv_cache {ckv_cache.shape[0]}"
+        )
+
+
+def check_total_queries(given: int, planned: int | None) -> None:
+    """Check the number of queries where the plan knows it."""
+    if planned is not None and given != planned:
+        raise ValueError(
+            f"q_nope holds {given} queries; planned: {planned} (the end of qo_indptr); call plan "
+            "again"
+        )
+
+
+def check_kernel_inputs(
+    q_nope: torch.Tensor, q_pe: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor
+) -> None:
+    """Check what the ETAP kernel needs of queries and cache beyond what was planned."""
+    check_kernel_layout("q_nope", q_nope, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
+    check_kernel_layout("q_pe", q_pe, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
+    check_kernel_layout("ckv_cache", ckv_cache, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
+    check_kernel_layout("kpe_cache", kpe_cache, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
+    if ckv_cache.shape[0] == 0:
+        raise ValueError("ckv_cache has 0 pages; the ETAP kernel needs at least 1")
+
+
+def check_kernel_layout(
+    name: str, tensor: torch.Tensor, stride_elements: int, alignment_bytes: int
+) -> None:
+    """Check strides and alignment that the kernel's vector accesses and TMA copies need."""
+    first, second, last = tensor.stride()
+    if last != 1:
+        raise ValueError(
+            f"{name} has strides {[first, second, last]}; the last dimension must be contiguous"
+        )
+    if first % stride_elements or second % stride_elements:
+        for size, stride in zip(tensor.shape[:2], (first, second), strict=True):
+            if size > 1 and stride % stride_elements:  # of one element, the stride means nothing
+                raise ValueError(
+                    f"{name} has strides {[first, second, last]}; all but the last must be "
+                    f"multiples of {stride_elements} elements"
+                )
+    if tensor.data_ptr() % alignment_bytes:
+        raise ValueError(
+            f"{name} starts at address {tensor.data_ptr():#x}; it must be a multiple of "
+            f"{alignment_bytes} bytes"
+        )
+
+
+def check_result(
+    name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Check a caller's ``out`` or ``lse``."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; it must be {dtype} "
+            f"{list(shape)} on {device}"
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name} has strides {list(tensor.stride())}; its elements must not share memory"
+        )
+
+
+def check_out(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Check a caller's ``out``."""
+    check_result("out", out, shape, dtype, device)
+    check_kernel_layout("out", out, OUT_STRIDE_ELEMENTS, OUT_ALIGNMENT_BYTES)
+
+
+def check_lse(lse: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check a caller's ``lse``."""
+    check_result("lse", lse, shape, torch.float32, device)
+    if not lse.is_contiguous():
+        raise ValueError(f"lse has strides {list(lse.stride())}; it must be contiguous")
+
+
+def check_lse_mode(planned: str, base_e: bool) -> None:
+    """Check the base of the log-sum-exp against the one planned, if one was."""
+    wanted = "basee" if base_e else "base2"
+    if planned not in ("none", wanted):
+        raise ValueError(
+            f"return_lse_base_on_e={base_e} asks for lse_mode {wanted!r}; planned: {planned!r}"
+        )

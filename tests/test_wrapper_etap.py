@@ -1,0 +1,342 @@
+"""How the wrapper calls the ETAP kernel, with a stand-in for it on PyTorch's meta device."""
+
+import logging
+import subprocess
+import sys
+
+import fake_kernel
+import pytest
+import torch
+from fake_kernel import META, FakeKernel, Variant, plan_arguments, run_inputs
+
+from etap_flashinfer import BatchMLAPagedAttentionWrapper, dispatch, mla, stock
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    return fake_kernel.install(monkeypatch)
+
+
+def make_wrapper(backend: str = "etap", **arguments) -> BatchMLAPagedAttentionWrapper:
+    workspace = torch.empty(fake_kernel.WORKSPACE_BYTES, dtype=torch.int8, device=META)
+    return BatchMLAPagedAttentionWrapper(workspace, backend=backend, **arguments)
+
+
+def test_kernel_gets_its_arguments_in_order(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    planned = plan_arguments(index_device=META, causal=True)
+    wrapper.plan(**planned)
+    inputs = run_inputs()
+    out, lse = wrapper.run(**inputs, return_lse=True, return_lse_base_on_e=True)
+    ((variant, arguments),) = kernel.calls
+    assert variant == Variant(torch.bfloat16, 16, "tma")
+    workspace, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse, causal, scale, base_e = (
+        arguments
+    )
+    assert workspace.dtype == torch.uint8
+    assert workspace.shape == (fake_kernel.WORKSPACE_BYTES,)
+    for tensor, name in zip((q_nope, q_pe, ckv, kpe), inputs, strict=True):
+        assert tensor is inputs[name]
+    for tensor, name in zip(
+        index, ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr"), strict=True
+    ):
+        assert tensor is planned[name]  # on the device: referenced, neither copied nor read
+    assert given_out is out
+    assert given_lse is lse
+    assert out.shape == (2, 16, 512)
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous()
+    assert lse.shape == (2, 16)
+    assert lse.dtype == torch.float32
+    assert (causal, scale, base_e) == (True, 192**-0.5, True)
+
+
+def test_without_lse_the_kernel_gets_none(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    result = wrapper.run(**run_inputs())
+    assert isinstance(result, torch.Tensor)
+    assert kernel.calls[0][1][10] is None
+
+
+def test_out_and_lse_buffers_reach_the_kernel(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    out = torch.empty(2, 16, 1024, dtype=torch.bfloat16, device=META)[..., :512]
+    lse = torch.empty(2, 16, device=META)
+    assert wrapper.run(**run_inputs(), out=out, lse=lse) is out
+    assert kernel.calls[0][1][9] is out
+    assert kernel.calls[0][1][10] is lse
+
+
+def test_cpu_index_tensors_are_moved_to_the_device(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    wrapper.run(**run_inputs())
+    assert all(tensor.device == META for tensor in kernel.calls[0][1][5:9])
+
+
+@pytest.mark.parametrize("index_device", ["cpu", "meta"])
+def test_graph_buffers_are_what_the_kernel_gets(kernel: FakeKernel, index_device: str) -> None:
+    buffers = {
+        "qo_indptr": torch.empty(9, dtype=torch.int32, device=META),
+        "kv_indptr": torch.empty(9, dtype=torch.int32, device=META),
+        "kv_indices": torch.empty(64, dtype=torch.int32, device=META),
+        "kv_len_arr": torch.empty(2, dtype=torch.int32, device=META),
+    }
+    wrapper = make_wrapper(use_cuda_graph=True, **buffers)
+    for _ in range(2):
+        wrapper.plan(**plan_arguments(index_device=index_device))
+        wrapper.run(**run_inputs())
+        for tensor, buffer in zip(kernel.calls[-1][1][5:9], buffers.values(), strict=True):
+            assert tensor is buffer
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "query_lens", "row_tile"),
+    [(8, (1, 1), 8), (16, (1, 3), 64), (9, (1, 1), 16), (16, (2, 2), 32), (128, (1, 1), 64)],
+)
+def test_row_tile_from_query_lengths_on_the_cpu(
+    kernel: FakeKernel, num_heads: int, query_lens: tuple[int, ...], row_tile: int
+) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments(query_lens, num_heads=num_heads))
+    wrapper.run(**run_inputs(sum(query_lens), num_heads))
+    assert [variant.row_tile for variant in kernel.loaded] == [row_tile]
+    assert kernel.calls[0][0].row_tile == row_tile
+
+
+def test_row_tile_from_the_mean_where_lengths_are_on_the_device(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments((1, 3), index_device=META))
+    assert [variant.row_tile for variant in kernel.loaded] == [16]  # decode: loaded by plan
+    wrapper.run(**run_inputs(4))
+    wrapper.run(**run_inputs(4))
+    assert kernel.calls[0][0].row_tile == kernel.calls[1][0].row_tile == 32
+    assert len(kernel.loaded) == 2  # each variant once
+
+
+@pytest.mark.parametrize(("page_size", "kv_loader"), [(64, "tma"), (24, "tma"), (12, "gather")])
+def test_kv_loader(kernel: FakeKernel, page_size: int, kv_loader: str) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments(page_size=page_size, index_device=META))
+    wrapper.run(**run_inputs(page_size=page_size))
+    assert kernel.calls[0][0].kv_loader == kv_loader
+
+
+@pytest.mark.parametrize("query_lens", [(), (0, 0)])
+def test_nothing_is_launched_without_queries(
+    kernel: FakeKernel, query_lens: tuple[int, ...]
+) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments(query_lens))
+    out, lse = wrapper.run(**run_inputs(0), return_lse=True)
+    assert out.shape == (0, 16, 512)
+    assert lse.shape == (0, 16)
+    assert kernel.calls == []
+
+
+def test_head_major_queries_and_single_element_dimensions(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    inputs = run_inputs()
+    head_major = torch.empty(16, 2, 512, dtype=torch.bfloat16, device=META).transpose(0, 1)
+    wrapper.run(**(inputs | {"q_nope": head_major}))
+    wrapper.plan(**plan_arguments((1,)))
+    odd_stride = torch.empty(1, dtype=torch.bfloat16, device=META)
+    odd_stride = odd_stride.as_strided((1, 16, 512), (3, 512, 1))
+    wrapper.run(**(run_inputs(1) | {"q_nope": odd_stride}))
+    assert len(kernel.calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_auto_takes_etap_and_logs_it_once(
+    kernel: FakeKernel, caplog: pytest.LogCaptureFixture, dtype: torch.dtype
+) -> None:
+    mla._log_choice.cache_clear()
+    caplog.set_level(logging.INFO, "etap_flashinfer")
+    for _ in range(2):
+        wrapper = make_wrapper("auto")
+        assert wrapper.backend == "auto"
+        wrapper.plan(**plan_arguments(q_data_type=dtype, kv_data_type=dtype))
+        wrapper.run(**run_inputs(dtype=dtype))
+        assert wrapper.backend == "etap"
+    assert len(kernel.calls) == 2
+    assert [record.message for record in caplog.records] == [
+        "backend='auto' on meta takes etap: a Hopper GPU and a problem it serves"
+    ]
+
+
+class FakeStockWrapper:
+    """Records what it is made and called with; its signatures are FlashInfer 0.6.14's."""
+
+    def __init__(
+        self,
+        float_workspace_buffer,
+        use_cuda_graph=False,
+        qo_indptr=None,
+        kv_indptr=None,
+        kv_indices=None,
+        kv_len_arr=None,
+        backend="auto",
+    ) -> None:
+        self._backend = "fa3" if backend == "auto" else backend
+        self.made_with = (float_workspace_buffer, use_cuda_graph, qo_indptr, backend)
+
+    def plan(
+        self,
+        qo_indptr,
+        kv_indptr,
+        kv_indices,
+        kv_len_arr,
+        num_heads,
+        head_dim_ckv,
+        head_dim_kpe,
+        page_size,
+        causal,
+        sm_scale,
+        q_data_type,
+        kv_data_type,
+        use_profiler=False,
+    ) -> None:
+        self.planned = dict(locals())
+
+    def run(
+        self,
+        q_nope,
+        q_pe,
+        ckv_cache,
+        kpe_cache,
+        out=None,
+        lse=None,
+        return_lse=False,
+        profiler_buffer=None,
+        kv_len=None,
+        page_table=None,
+        return_lse_base_on_e=False,
+        o_scale=None,
+        *,
+        ckv_scale=None,
+        kpe_scale=None,
+    ) -> str:
+        self.ran = dict(locals())
+        return "stock result"
+
+
+@pytest.fixture
+def fake_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module:
+        BatchMLAPagedAttentionWrapper = FakeStockWrapper
+
+    monkeypatch.setattr(stock, "import_flashinfer_mla", lambda: Module)
+
+
+@pytest.mark.usefixtures("fake_stock")
+@pytest.mark.parametrize("backend", ["fa2", "fa3", "cutlass"])
+def test_forced_stock_backend_gets_everything(backend: str) -> None:
+    wrapper = make_wrapper(backend)
+    inner = wrapper._stock
+    assert inner.made_with[3] == backend
+    assert wrapper.backend == backend
+    planned = plan_arguments()
+    wrapper.plan(**planned, use_profiler=True)
+    for name, value in planned.items():
+        assert inner.planned[name] is value
+    assert inner.planned["use_profiler"] is True
+    extras = {name: object() for name in ("out", "lse", "profiler_buffer", "kv_len", "page_table")}
+    scales = {"o_scale": 0.5, "ckv_scale": 0.25, "kpe_scale": 0.125}
+    inputs = run_inputs()
+    result = wrapper.run(**inputs, **extras, **scales, return_lse=True, return_lse_base_on_e=True)
+    assert result == "stock result"
+    for name, value in (inputs | extras | scales).items():
+        assert inner.ran[name] is value
+    assert inner.ran["return_lse"] is inner.ran["return_lse_base_on_e"] is True
+
+
+@pytest.mark.usefixtures("fake_stock")
+def test_cutlass_runs_without_a_plan() -> None:
+    assert make_wrapper("cutlass").run(**run_inputs(), kv_len=1, page_table=2) == "stock result"
+
+
+@pytest.mark.usefixtures("fake_stock", "kernel")
+@pytest.mark.parametrize(
+    ("changes", "asked_for"),
+    [
+        ({"kv_data_type": torch.float8_e4m3fn}, "fa3"),
+        ({"num_heads": 129}, "auto"),
+        ({"head_dim_ckv": 256}, "auto"),
+        ({"q_data_type": torch.float16}, "auto"),
+        ({"use_profiler": True}, "auto"),
+    ],
+)
+def test_auto_on_hopper_takes_stock_where_etap_does_not_serve(changes, asked_for) -> None:
+    wrapper = make_wrapper("auto")
+    wrapper.plan(**plan_arguments(**changes))
+    assert wrapper.backend == "fa3"
+    assert wrapper._stock.made_with[3] == asked_for
+    assert wrapper.run(**run_inputs(), ckv_scale=1.0) == "stock result"
+    wrapper.plan(**plan_arguments())
+    assert wrapper.backend == "etap"
+    assert isinstance(wrapper.run(**run_inputs()), torch.Tensor)
+
+
+@pytest.mark.usefixtures("fake_stock")
+def test_auto_takes_stock_on_other_gpus(caplog: pytest.LogCaptureFixture) -> None:
+    mla._log_choice.cache_clear()
+    caplog.set_level(logging.INFO, "etap_flashinfer")
+    wrapper = make_wrapper("auto")  # meta is no Hopper GPU
+    assert wrapper.backend == "fa3"
+    wrapper.plan(**plan_arguments())
+    assert wrapper.run(**run_inputs()) == "stock result"
+    (record,) = caplog.records
+    assert "takes fa3: stock FlashInfer" in record.message
+
+
+@pytest.mark.usefixtures("fake_stock")
+def test_stock_error_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = make_wrapper("fa3")
+    with pytest.raises(RuntimeError, match=r"run\(\) was called before plan\(\)"):
+        wrapper.run(**run_inputs())
+    monkeypatch.setitem(sys.modules, "flashinfer", type("F", (), {"__version__": "0.6.14"}))
+    with pytest.raises(TypeError, match=r"plan\(\).*flashinfer 0.6.14 does not take lse_mode"):
+        wrapper.plan(**plan_arguments(), lse_mode="base2")
+
+
+def test_auto_on_the_cpu_takes_the_reference(caplog: pytest.LogCaptureFixture) -> None:
+    mla._log_choice.cache_clear()
+    caplog.set_level(logging.INFO, "etap_flashinfer")
+    wrapper = BatchMLAPagedAttentionWrapper(torch.empty(16))
+    assert wrapper.backend == "reference"
+    assert "takes reference: the workspace is on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_tile"), [(1, 8), (8, 8), (9, 16), (17, 32), (33, 64), (65, 64), (512, 64)]
+)
+def test_choose_row_tile(rows: int, row_tile: int) -> None:
+    assert dispatch.choose_row_tile(rows, 1) == dispatch.choose_row_tile(1, rows) == row_tile
+
+
+def test_choose_kv_loader() -> None:
+    tma = [size for size in range(1, 130) if dispatch.choose_kv_loader(size) == "tma"]
+    assert tma == list(range(8, 130, 8))
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_supported"), [((9, 0), True), ((8, 0), False), ((10, 0), False)]
+)
+def test_is_supported(monkeypatch, capability: tuple[int, int], is_supported: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    problem = (16, 512, 64, torch.bfloat16, torch.bfloat16)
+    assert dispatch.is_supported(torch.device("cuda", 3), *problem) is is_supported
+    assert not dispatch.is_supported(torch.device("cpu"), *problem)
+    assert not dispatch.is_supported(torch.device("cuda", 3), 129, *problem[1:])
+
+
+def test_import_needs_torch_alone() -> None:
+    code = (
+        "import sys, etap_flashinfer, torch; "
+        "etap_flashinfer.BatchMLAPagedAttentionWrapper(torch.empty(16), backend='reference'); "
+        "sys.exit(any(name in sys.modules for name in ('flashinfer', 'tvm_ffi', 'jinja2')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
