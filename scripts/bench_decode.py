@@ -107,7 +107,8 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
             try:
                 captured[peer.name] = timing.capture(peer.prepare(inputs), inputs.calls)
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                first_line = (str(error).strip() or "no message").splitlines()[0]
+                reason = f"{type(error).__name__}: {first_line}"
         if reason is not None:
             left_out.append(f"{peer.name} at {cell.label()}: {reason}")
     torch.cuda.synchronize()

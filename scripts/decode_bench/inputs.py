@@ -105,12 +105,15 @@ class Pool:
             self._filled_as = dtype
         return elements
 
-    def inputs(self, cell: Cell, seed: int) -> Inputs:
-        """Inputs of a cell: lengths from ``seed``, the rest from the pool's generator."""
+    def inputs(self, cell: Cell, seed: int, calls: int | None = None) -> Inputs:
+        """Inputs of a cell for ``calls`` calls, by default as many as a timed graph needs.
+
+        Lengths come from ``seed``, the rest from the pool's generator.
+        """
         lengths = cell.request_lengths(seed)
         pages = pages_of(lengths, cell.page_size)
         total_pages = sum(pages)
-        calls = calls_of(set_bytes(cell, seed))
+        calls = calls_of(set_bytes(cell, seed)) if calls is None else calls
         set_elements = total_pages * cell.page_size * TOKEN_WIDTH
         elements = self.elements(cell.dtype)
         caches = [

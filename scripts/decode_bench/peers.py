@@ -32,7 +32,7 @@ class Peer(Protocol):
         """Plan for the inputs and return the function that launches one call."""
 
 
-def _plan_arguments(inputs: Inputs) -> tuple:
+def plan_arguments(inputs: Inputs) -> tuple:
     """Positional arguments of FlashInfer's ``plan``, which ours shares."""
     cell = inputs.cell
     dtype = DTYPES[cell.dtype]
@@ -64,7 +64,7 @@ class WrapperPeer:
         return None
 
     def plan(self, inputs: Inputs) -> None:
-        self.wrapper.plan(*_plan_arguments(inputs))
+        self.wrapper.plan(*plan_arguments(inputs))
 
     def prepare(self, inputs: Inputs) -> RunCall:
         self.plan(inputs)
