@@ -155,7 +155,7 @@ def print_host_cost(pool: Any, peers: list, seed: int) -> None:
     from decode_bench import timing
     from decode_bench.peers import WrapperPeer
 
-    inputs = pool.inputs(grid.Cell(16, 1024), seed)
+    inputs = pool.inputs(grid.Cell(16, 1024), seed, calls=1)
     for peer in peers:
         if isinstance(peer, WrapperPeer):
             run = peer.prepare(inputs)
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace) -> int:
     peer_makers.build_modules(options.peers, dtypes, left_out.append)
     peers = peer_makers.make_peers(options.peers, left_out.append)
     for line in left_out:
-        print(line, flush=True)
+        print(f"left out: {line}", flush=True)
     sets = [cell_inputs.set_bytes(cell, options.seed) for cell in options.cells]
     largest = max(size * cell_inputs.calls_of(size) for size in sets)
     pool = cell_inputs.Pool(max(largest, 2 * timing.CEILING_BYTES), options.seed)
@@ -216,6 +216,7 @@ def run(options: argparse.Namespace) -> int:
         step(f"{cell.label()}: {'failed' if case is None else str(case['us']) + ' us'}")
     print_results(cases, ceiling, left_out)
     if cases:
+        write_results(path, csrc_hash, ceiling, cases, left_out)
         print(f"written: {path}")
         if options.plot:
             report.plot(cases, ceiling, torch.cuda.get_device_name(), options.plot)

@@ -284,7 +284,10 @@ def test_issue4_verdicts():
     cases = [
         make_case(9.9, {"fa3": 20.9}, batch=1, context=8 * K),
         make_case(12.0, {"fa3": 15.9}, batch=16, context=K),
-        make_case(100.0, {"fa3": 121.0}, lengths="zipf"),
+        *(
+            make_case(100.0, {"fa3": 121.0}, lengths=name)
+            for name in ("zipf", "uniform", "one_long")
+        ),
         make_case(100.0, {"fa3": 116.0}, heads=32),
         make_case(100.0, {"fa3": 99.0}, heads=128),
         make_case(100.0, {"fa3": 130.0}, context=8 * K, batch=4),
@@ -297,7 +300,15 @@ def test_issue4_verdicts():
     assert verdict(lines, "up to 64 rows") == "MET"
     assert verdict(lines, "128 rows") == "MISSED"
     assert verdict(lines, "page 1 and 16") == "MISSED"
-    assert verdict(lines, "batch x context") == "MET"
+    assert verdict(lines, "batch x context") == "OPEN", "4 cells are not the grid"
+    whole = [
+        make_case(100.0, {"fa3": 131.0}, batch=cell.batch, context=cell.context)
+        for cell in grid.preset("batch-context")
+    ]
+    assert verdict(report.Verdicts(whole, None).issue4(), "batch x context") == "MET"
+    whole[5]["us"] = 132.0
+    assert verdict(report.Verdicts(whole, None).issue4(), "batch x context") == "MISSED"
+    assert verdict(report.Verdicts(cases[:4], None).issue4(), "varied") == "OPEN"
 
 
 def test_geometric_mean():

@@ -181,7 +181,7 @@ def make_peers(names: list[str], report: Callable[[str], None]) -> list[Peer]:
         try:
             peers.append(PEER_MAKERS[name]())
         except Exception as error:
-            report(f"{name}: left out, {type(error).__name__}: {error}")
+            report(f"{name}: {type(error).__name__}: {error}")
     return peers
 
 
