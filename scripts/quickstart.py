@@ -16,9 +16,10 @@ import secrets
 import shutil
 import sys
 
-import etap_flashinfer
 import torch
 from decode_bench import grid, inputs, peers
+
+import etap_flashinfer
 from etap_flashinfer import jit
 
 

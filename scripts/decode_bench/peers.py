@@ -191,9 +191,10 @@ def build_modules(names: list[str], dtypes: list[str], report: Callable[[str], N
     Left to themselves, the modules would be compiled one after the other at their first use; that
     still happens, and fails for itself, where this build fails.
     """
-    from etap_flashinfer import jit
     from flashinfer.jit import build_jit_specs
     from flashinfer.jit.attention import gen_batch_mla_module
+
+    from etap_flashinfer import jit
 
     torch_dtypes = [DTYPES[dtype] for dtype in dtypes]
     specs = []

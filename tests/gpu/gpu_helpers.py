@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import etap_flashinfer
 import torch
+
+import etap_flashinfer
 
 SM_SCALE = 192**-0.5
 WORKSPACE_BYTES = 128 * 1024 * 1024
