@@ -1,0 +1,252 @@
+#!/usr/bin/env python
+"""Times ETAP MLA decode beside FlashInfer fa2 and fa3, FlashMLA and FlashAttention-3 on one GPU.
+
+All kernels run in this process, on the same fresh random inputs, in CUDA graphs of many calls of
+which each reads another cache (together several times the L2), taking turns; the figure is the
+median over the repeats. Every cell is compared with float64, and the bandwidth is set against what
+a plain copy kernel reads on this GPU. The JSON file is rewritten after every cell.
+
+    python scripts/bench_decode.py --grid issue2 --plot results/h200/decode.png
+    python scripts/bench_decode.py --batch 1 16 --context 8192 65536 --heads 16 --q-len 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import secrets
+import shlex
+import sys
+import time
+from typing import Any
+
+from decode_bench import evidence, grid, report
+
+PEERS = ("etap", *report.BF16_PEERS)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line; ``cells`` of the result lists what to measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--grid", choices=sorted(grid.PRESETS), nargs="+", help="default: quick")
+    parser.add_argument("--batch", type=int, nargs="+", help="a grid of its own with --context")
+    parser.add_argument("--context", type=int, nargs="+", help="cached tokens of a request")
+    parser.add_argument("--heads", type=int, nargs="+")
+    parser.add_argument("--q-len", type=int, nargs="+", help="query tokens; causal above 1")
+    parser.add_argument("--page-size", type=int, nargs="+")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), nargs="+")
+    parser.add_argument("--peers", choices=PEERS, nargs="+", default=list(PEERS))
+    parser.add_argument("--repeats", type=int, default=15, help="graph replays, default 15")
+    parser.add_argument("--time-budget", type=float, help="stop cleanly after so many seconds")
+    parser.add_argument("--seed", type=int, help="default: a fresh one, printed")
+    parser.add_argument("--host-cost", action="store_true", help="time plan() and run() on the CPU")
+    parser.add_argument("--out", type=pathlib.Path, help="default: results/<gpu>/decode.json")
+    parser.add_argument("--plot", type=pathlib.Path, help="write a PNG of the plain cells")
+    options = parser.parse_args(arguments)
+    custom = {
+        name: getattr(options, name)
+        for name in ("heads", "q_len", "page_size", "dtype")
+        if getattr(options, name) is not None
+    }
+    if bool(options.batch) != bool(options.context):
+        parser.error("--batch and --context go together")
+    if custom and not options.batch:
+        parser.error(f"--{next(iter(custom)).replace('_', '-')} needs --batch and --context")
+    if options.batch and options.grid:
+        parser.error("give either --grid or --batch and --context")
+    if options.repeats < 3:
+        parser.error("--repeats must be at least 3: the figure is a median")
+    try:
+        if options.batch:
+            plural = {f"{name}s": values for name, values in custom.items() if name != "heads"}
+            if "heads" in custom:
+                plural["heads"] = custom["heads"]
+            options.cells = grid.measuring_order(
+                grid.product(options.batch, options.context, **plural)
+            )
+        else:
+            names = options.grid or ["quick"]
+            options.cells = grid.measuring_order([c for name in names for c in grid.preset(name)])
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.cells:
+        parser.error(f"no cell is at most {grid.LARGEST_CELL_BYTES / 1e9:.0f} GB of cache")
+    options.seed = secrets.randbits(31) if options.seed is None else options.seed
+    return options
+
+
+def rmse(values: list, exact: list) -> float:
+    """Root of the mean squared difference over lists of tensors, in float64."""
+    squares = sum(
+        (v.double() - e).square().sum().item() for v, e in zip(values, exact, strict=True)
+    )
+    return (squares / sum(e.numel() for e in exact)) ** 0.5
+
+
+def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: int) -> tuple:
+    """Time and check every peer on one cell.
+
+    Returns
+    -------
+    case : dict or None
+        The case of the evidence file; None when ETAP itself was not measured.
+    left_out : list of str
+        Peers that refused the cell or failed on it, with the reason.
+    """
+    import torch
+    from decode_bench import inputs as cell_inputs
+    from decode_bench import timing
+
+    inputs = pool.inputs(cell, seed)
+    captured, left_out = {}, []
+    for peer in peers:
+        reason = peer.refuses(cell)
+        if reason is None:
+            try:
+                captured[peer.name] = timing.capture(peer.prepare(inputs), inputs.calls)
+            except Exception as error:
+                first_line = (str(error).strip() or "no message").splitlines()[0]
+                reason = f"{type(error).__name__}: {first_line}"
+        if reason is not None:
+            left_out.append(f"{peer.name} at {cell.label()}: {reason}")
+    torch.cuda.synchronize()
+    medians = timing.time_in_turns(list(captured.values()), repeats)
+    times = dict(zip(captured, medians, strict=True))
+
+    requests = cell_inputs.reference_requests(inputs.lengths)
+    exact = [cell_inputs.exact_output(inputs, request) for request in requests]
+    errors = {}
+    for name, item in captured.items():
+        item.output.fill_(float("nan"))  # what is compared must come from this replay
+        item.graph.replay()
+        by_request = item.output.reshape(cell.batch, cell.q_len, cell.heads, grid.HEAD_DIM_CKV)
+        errors[name] = rmse([by_request[request] for request in requests], exact)
+    rounding = rmse([e.to(cell_inputs.DTYPES[cell.dtype]) for e in exact], exact)
+    if "etap" not in captured:
+        return None, left_out
+    case = {
+        "batch": cell.batch,
+        "context": cell.context,
+        "heads": cell.heads,
+        "q_len": cell.q_len,
+        "page_size": cell.page_size,
+        "dtype": cell.dtype,
+        "kv_dtype": cell.dtype,
+        "us": round(times["etap"], 3),
+        "gbps": round(inputs.bytes_read / times["etap"] / 1e3, 1),
+        "rmse": errors["etap"],
+        "rmse_rounding": rounding,
+        "peers": {
+            name: {"us": round(times[name], 3), "rmse": errors[name]}
+            for name in captured
+            if name != "etap"
+        },
+    }
+    if cell.lengths != "equal":
+        case["lengths"] = cell.lengths
+    return case, left_out
+
+
+def print_host_cost(pool: Any, peers: list, seed: int) -> None:
+    """Median host microseconds of plan() and run() of the wrappers, outside graphs."""
+    import torch
+    from decode_bench import timing
+    from decode_bench.peers import WrapperPeer
+
+    inputs = pool.inputs(grid.Cell(16, 1024), seed, calls=1)
+    for peer in peers:
+        if isinstance(peer, WrapperPeer):
+            run = peer.prepare(inputs)
+            run_cost = timing.host_microseconds(lambda run=run: run(0))
+            plan_cost = timing.host_microseconds(lambda peer=peer: peer.plan(inputs))
+            print(f"host cost, {peer.name}: plan() {plan_cost:.1f} us, run() {run_cost:.1f} us")
+    torch.cuda.synchronize()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure the grid; the exit status is 1 when ETAP failed on a cell, else 0."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("bench_decode.py needs a GPU; torch sees none", file=sys.stderr)
+        return 2
+    from decode_bench import inputs as cell_inputs
+    from decode_bench import peers as peer_makers
+    from decode_bench import timing
+
+    started = time.monotonic()
+    csrc_hash = evidence.check_sources_match()
+    path = options.out or evidence.default_directory() / "decode.json"
+    left_out: list[str] = []
+    dtypes = sorted({cell.dtype for cell in options.cells})
+    peer_makers.build_modules(options.peers, dtypes, left_out.append)
+    peers = peer_makers.make_peers(options.peers, left_out.append)
+    for line in left_out:
+        print(f"left out: {line}", flush=True)
+    sets = [cell_inputs.set_bytes(cell, options.seed) for cell in options.cells]
+    largest = max(size * cell_inputs.calls_of(size) for size in sets)
+    pool = cell_inputs.Pool(max(largest, 2 * timing.CEILING_BYTES), options.seed)
+    elements = pool.elements(options.cells[0].dtype)
+    print(f"seed {options.seed}, ready after {time.monotonic() - started:.0f} s", flush=True)
+    ceiling = round(timing.measure_read_ceiling(elements, lambda line: print(line, flush=True)), 1)
+    if options.host_cost:
+        print_host_cost(pool, peers, options.seed)
+
+    cases: list[dict[str, Any]] = []
+    failed = not any(peer.name == "etap" for peer in peers)
+    step = evidence.progress(len(options.cells), "cells")
+    for index, cell in enumerate(options.cells):
+        if options.time_budget and time.monotonic() - started > options.time_budget:
+            left_out.append(f"{len(options.cells) - index} cells: the time budget was spent")
+            break
+        try:
+            case, notes = measure_cell(cell, pool, peers, options.seed, options.repeats)
+        except RuntimeError as error:  # a broken CUDA context: nothing after it can be measured
+            left_out.append(f"{cell.label()} and all after it: {error}")
+            failed = True
+            break
+        left_out += notes
+        if case is None:
+            failed = True
+        else:
+            cases.append(case)
+            write_results(path, csrc_hash, ceiling, cases, left_out)
+        step(f"{cell.label()}: {'failed' if case is None else str(case['us']) + ' us'}")
+    print_results(cases, ceiling, left_out)
+    if cases:
+        write_results(path, csrc_hash, ceiling, cases, left_out)
+        print(f"written: {path}")
+        if options.plot:
+            report.plot(cases, ceiling, torch.cuda.get_device_name(), options.plot)
+    return 1 if failed else 0
+
+
+def write_results(
+    path: pathlib.Path,
+    csrc_hash: str,
+    ceiling: float,
+    cases: list[dict[str, Any]],
+    left_out: list[str],
+) -> None:
+    """Write the evidence as far as it goes."""
+    command = shlex.join(["python", "scripts/bench_decode.py", *sys.argv[1:]])
+    head = {**evidence.header(csrc_hash, ceiling), "command": command, "left_out": left_out}
+    evidence.write(path, {**head, "cases": cases})
+
+
+def print_results(cases: list[dict[str, Any]], ceiling: float, left_out: list[str]) -> None:
+    """Table, what was left out, and the verdicts."""
+    if cases:
+        print(report.table(cases, ceiling))
+    for line in left_out:
+        print(f"left out: {line}")
+    verdicts = report.Verdicts(cases, ceiling)
+    print(f"read ceiling: {ceiling:.0f} GB/s")
+    print("\n".join(["bars of the first version:", *verdicts.issue2()]))
+    print("\n".join(["bars of the tuned version:", *verdicts.issue4()]), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(parse_arguments()))

@@ -1,0 +1,1 @@
+"""Parts of ``scripts/bench_decode.py``: grid, inputs, peers, timing and reports."""

@@ -1,0 +1,182 @@
+"""Inputs of a benchmark cell: one pool of random pages, cut into cache sets that calls use in turn.
+
+Successive calls read different sets, as the layers of a model do: each layer has its own pages and
+all share one page table. The sets together are several times the L2 cache, so every call finds its
+cache cold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .grid import HEAD_DIM_CKV, TOKEN_BYTES, TOKEN_WIDTH, Cell
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# DeepSeek's head dimension before absorption is 128 + 64.
+SM_SCALE = 192**-0.5
+ROTATED_BYTES = 240 * 10**6  # more than four times the L2 of an H200
+POOL_BYTES = 9_800 * 10**6  # sets of a cell, unless one set alone is larger
+FEWEST_CALLS = 16  # below this the launch of the graph would show
+MOST_CALLS = 512
+REFERENCE_TOKENS = 300_000
+REFERENCE_REQUESTS = 4
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Tensors of one cell.
+
+    Attributes
+    ----------
+    caches : list of Tensor
+        One ``[pages, page_size, 576]`` view of the pool for each call.
+    queries : Tensor
+        ``[calls, batch * q_len, heads, 576]``.
+    qo_indptr, kv_indptr : Tensor
+        int32 ``[batch + 1]``.
+    kv_indices : Tensor
+        int32, the pages of all requests in random order.
+    kv_lens : Tensor
+        int32 ``[batch]``.
+    block_table : Tensor
+        int32 ``[batch, most pages of a request]``: the same pages for peers that take a table.
+    lengths : list of int
+        ``kv_lens`` on the host.
+    """
+
+    cell: Cell
+    caches: list[torch.Tensor]
+    queries: torch.Tensor
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_lens: torch.Tensor
+    block_table: torch.Tensor
+    lengths: list[int]
+
+    @property
+    def calls(self) -> int:
+        """Calls in one timed graph."""
+        return len(self.caches)
+
+    @property
+    def causal(self) -> bool:
+        return self.cell.q_len > 1
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of cache that one call has to read."""
+        return sum(self.lengths) * TOKEN_BYTES
+
+
+def pages_of(lengths: list[int], page_size: int) -> list[int]:
+    """Pages that each request needs."""
+    return [-(-length // page_size) for length in lengths]
+
+
+def set_bytes(cell: Cell, seed: int) -> int:
+    """Bytes of pool that one call of ``cell`` needs."""
+    return sum(pages_of(cell.request_lengths(seed), cell.page_size)) * cell.page_size * TOKEN_BYTES
+
+
+def calls_of(bytes_of_set: int) -> int:
+    """How many calls, each on its own cache, one timed graph holds."""
+    wanted = max(FEWEST_CALLS, -(-ROTATED_BYTES // bytes_of_set))
+    return max(1, min(wanted, MOST_CALLS, POOL_BYTES // bytes_of_set))
+
+
+class Pool:
+    """Device memory for the caches of every cell, filled with normal random data for each dtype."""
+
+    def __init__(self, size_in_bytes: int, seed: int, device: str = "cuda"):
+        self._storage = torch.empty(size_in_bytes, dtype=torch.uint8, device=device)
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._device = device
+        self._filled_as: str | None = None
+
+    def elements(self, dtype: str) -> torch.Tensor:
+        """The whole pool as one row of random elements of ``dtype``."""
+        elements = self._storage.view(DTYPES[dtype])
+        if self._filled_as != dtype:
+            for chunk in elements.split(1 << 28):
+                chunk.normal_(generator=self._generator)
+            self._filled_as = dtype
+        return elements
+
+    def inputs(self, cell: Cell, seed: int, calls: int | None = None) -> Inputs:
+        """Inputs of a cell for ``calls`` calls, by default as many as a timed graph needs.
+
+        Lengths come from ``seed``, the rest from the pool's generator.
+        """
+        lengths = cell.request_lengths(seed)
+        pages = pages_of(lengths, cell.page_size)
+        total_pages = sum(pages)
+        calls = calls_of(set_bytes(cell, seed)) if calls is None else calls
+        set_elements = total_pages * cell.page_size * TOKEN_WIDTH
+        elements = self.elements(cell.dtype)
+        caches = [
+            elements[call * set_elements : (call + 1) * set_elements].view(
+                total_pages, cell.page_size, TOKEN_WIDTH
+            )
+            for call in range(calls)
+        ]
+        kv_indices = torch.randperm(
+            total_pages, generator=self._generator, device=self._device
+        ).int()
+        block_table = torch.zeros(cell.batch, max(pages), dtype=torch.int32, device=self._device)
+        for request, own in enumerate(kv_indices.split(pages)):
+            block_table[request, : own.numel()] = own
+        queries = torch.empty(
+            calls,
+            cell.batch * cell.q_len,
+            cell.heads,
+            TOKEN_WIDTH,
+            dtype=DTYPES[cell.dtype],
+            device=self._device,
+        ).normal_(generator=self._generator)
+        page_ends = torch.tensor([0, *pages]).cumsum(0)
+        return Inputs(
+            cell=cell,
+            caches=caches,
+            queries=queries,
+            qo_indptr=(torch.arange(cell.batch + 1) * cell.q_len).int().to(self._device),
+            kv_indptr=page_ends.int().to(self._device),
+            kv_indices=kv_indices,
+            kv_lens=torch.tensor(lengths, dtype=torch.int32, device=self._device),
+            block_table=block_table,
+            lengths=lengths,
+        )
+
+
+def split_token(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latent part (512) and the rope part (64) of a ``[..., 576]`` tensor, as views."""
+    return tensor[..., :HEAD_DIM_CKV], tensor[..., HEAD_DIM_CKV:]
+
+
+def reference_requests(lengths: list[int]) -> list[int]:
+    """Requests to compare with float64: the longest, then spread over the batch while cheap."""
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    spread = [step * len(lengths) // REFERENCE_REQUESTS for step in range(REFERENCE_REQUESTS)]
+    chosen: list[int] = []
+    for request in dict.fromkeys([longest, *spread, len(lengths) - 1]):
+        if not chosen or sum(lengths[r] for r in [*chosen, request]) <= REFERENCE_TOKENS:
+            chosen.append(request)
+    return chosen
+
+
+def exact_output(inputs: Inputs, request: int) -> torch.Tensor:
+    """Softmax attention of one request of the last call, ``[q_len, heads, 512]``, in float64."""
+    cell = inputs.cell
+    length = inputs.lengths[request]
+    pages = inputs.block_table[request, : -(-length // cell.page_size)].long()
+    tokens = inputs.caches[-1][pages].flatten(0, 1)[:length].double()
+    first = request * cell.q_len
+    queries = inputs.queries[-1, first : first + cell.q_len].double()
+    scores = torch.einsum("qhd,td->qht", queries, tokens) * SM_SCALE
+    if inputs.causal:
+        last_visible = torch.arange(length - cell.q_len, length, device=tokens.device)
+        hidden = torch.arange(length, device=tokens.device)[None, :] > last_visible[:, None]
+        scores.masked_fill_(hidden[:, None, :], -torch.inf)
+    return torch.einsum("qht,td->qhd", scores.softmax(-1), tokens[:, :HEAD_DIM_CKV])

@@ -1,0 +1,266 @@
+"""What a benchmark run says: the table, the verdicts on the project's bars, and the plot."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .grid import preset
+
+Case = dict[str, Any]
+BF16_PEERS = ("flashinfer_fa2", "flashinfer_fa3", "flashmla", "fa3")
+PEER_TITLES = {
+    "flashinfer_fa2": "FlashInfer fa2",
+    "flashinfer_fa3": "FlashInfer fa3",
+    "flashmla": "FlashMLA",
+    "fa3": "FA3",
+    "flashmla_fp8": "FlashMLA fp8",
+    "flashinfer_fp8": "FlashInfer fp8",
+}
+K = 1024
+
+
+def best_peer(case: Case) -> float | None:
+    """Microseconds of the fastest peer of the case, None when none was measured."""
+    times = [peer["us"] for peer in case["peers"].values() if peer["us"] is not None]
+    return min(times, default=None)
+
+
+def speedup(case: Case) -> float | None:
+    """Best peer's time over ETAP's, None without either."""
+    best = best_peer(case)
+    return best / case["us"] if best is not None and case["us"] else None
+
+
+def tokens(count: int) -> str:
+    """512, 1K, 64K."""
+    return f"{count // K}K" if count >= K and count % K == 0 else str(count)
+
+
+def figure(value: float | None, digits: int = 1) -> str:
+    """A number for a table, a dash for one that was not measured."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def is_plain(case: Case) -> bool:
+    """16 heads, one query token, bf16, page 64, equal lengths: the shape of the first bars."""
+    return (
+        (case["heads"], case["q_len"], case["page_size"]) == (16, 1, 64)
+        and case["dtype"] == case["kv_dtype"] == "bf16"
+        and "lengths" not in case
+    )
+
+
+def table(cases: Sequence[Case], ceiling: float | None) -> str:
+    """All cases as aligned text, with the share of the read ceiling and the accuracy."""
+    peers = [name for name in PEER_TITLES if any(name in case["peers"] for case in cases)]
+    head = ["batch", "context", "heads", "q", "page", "dtype", "ETAP us", "GB/s", "ceiling"]
+    head += [PEER_TITLES[name] for name in peers] + ["best/ETAP", "rmse/rounding"]
+    rows = [head]
+    for case in cases:
+        share = None if not ceiling or case["gbps"] is None else 100 * case["gbps"] / ceiling
+        context = tokens(case["context"])
+        row = [str(case["batch"]), f"{case['lengths']} {context}" if "lengths" in case else context]
+        row += [str(case[key]) for key in ("heads", "q_len", "page_size", "dtype")]
+        row += [figure(case["us"]), figure(case["gbps"], 0)]
+        row += ["-" if share is None else f"{share:.0f} %"]
+        row += [figure(case["peers"].get(name, {}).get("us")) for name in peers]
+        row += [figure(speedup(case), 2), figure(_ratio(case["rmse"], case["rmse_rounding"]), 3)]
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+
+
+def _ratio(value: float | None, by: float | None) -> float | None:
+    return None if value is None or not by else value / by
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def _verdict(name: str, holds: bool, text: str) -> str:
+    return f"{'MET' if holds else 'MISSED':7} {name}: {text}"
+
+
+def _open(name: str, text: str) -> str:
+    return f"{'OPEN':7} {name}: {text}"
+
+
+class Verdicts:
+    """The bars of the project, each judged on the measured cases or left open."""
+
+    def __init__(self, cases: Sequence[Case], ceiling: float | None):
+        self.cases = [case for case in cases if case["us"] is not None]
+        self.plain = [case for case in self.cases if is_plain(case)]
+        self.ceiling = ceiling
+
+    def _plain_cell(self, batch: int, context: int) -> Case | None:
+        for case in self.plain:
+            if (case["batch"], case["context"]) == (batch, context):
+                return case
+        return None
+
+    def _speed(
+        self, name: str, cases: Sequence[Case], mean: float | None, least: float, whole: int
+    ) -> str:
+        """Geometric mean and worst cell of best peer over ETAP; open below ``whole`` cells."""
+        measured = [case for case in cases if speedup(case) is not None]
+        if not measured:
+            return _open(name, "no cell with a peer was measured")
+        ratios = [speedup(case) for case in measured]
+        worst = min(measured, key=speedup)
+        text = (
+            f"best peer / ETAP {geometric_mean(ratios):.3f} in geometric mean of {len(ratios)} "
+            f"cells (bar {figure(mean, 2)}), worst {min(ratios):.3f} at {worst['batch']} x "
+            f"{tokens(worst['context'])}, {worst['heads']} heads, q {worst['q_len']} "
+            f"(bar {least:.2f}){self._absent(measured)}"
+        )
+        if len(ratios) < whole:
+            return _open(name, f"{len(ratios)} of {whole} cells so far: {text}")
+        holds = min(ratios) >= least and (mean is None or geometric_mean(ratios) >= mean)
+        return _verdict(name, holds, text)
+
+    def _absent(self, cases: Sequence[Case]) -> str:
+        absent = [name for name in BF16_PEERS if not any(name in case["peers"] for case in cases)]
+        return f"; without {', '.join(absent)}" if absent else ""
+
+    def _share(self, name: str, share: float) -> str:
+        case = self._plain_cell(16, 64 * K)
+        if case is None or not self.ceiling:
+            return _open(name, "16 x 64K or the read ceiling was not measured")
+        reached = case["gbps"] / self.ceiling
+        text = f"{100 * reached:.1f} % of {self.ceiling:.0f} GB/s (bar {100 * share:.0f} %)"
+        return _verdict(name, reached >= share, text)
+
+    def _latency(self, batch: int, context: int, bar: float) -> str:
+        name = f"{batch} x {tokens(context)} latency"
+        case = self._plain_cell(batch, context)
+        if case is None:
+            return _open(name, "not measured")
+        return _verdict(name, case["us"] <= bar, f"{case['us']:.1f} us (bar {bar:.1f})")
+
+    def _pages(self) -> str:
+        name = "page 1 and 16 against 64"
+        by_shape = {_shape(case): case for case in self.cases}
+        slower = {}
+        for shape, case in by_shape.items():
+            page_64 = by_shape.get(_shape({**case, "page_size": 64}))
+            if case["page_size"] in (1, 16) and case["context"] >= 8 * K and page_64:
+                slower[shape] = case["us"] / page_64["us"]
+        if not slower:
+            return _open(name, "not measured at 8K or more")
+        shape = max(slower, key=slower.__getitem__)
+        text = (
+            f"at most {100 * (slower[shape] - 1):.1f} % slower over {len(slower)} cells (bar 5 %)"
+        )
+        return _verdict(name, slower[shape] <= 1.05, f"{text}, worst page {shape[4]}")
+
+    def _accuracy(self) -> list[str]:
+        rounding = [case["rmse"] / case["rmse_rounding"] for case in self.cases]
+        against = [
+            case["rmse"] / case["peers"]["flashmla"]["rmse"]
+            for case in self.cases
+            if case["peers"].get("flashmla", {}).get("rmse")
+        ]
+        lines = []
+        for name, ratios, bar in (
+            ("RMSE over rounding alone", rounding, 1.15),
+            ("RMSE over FlashMLA's", against, 1.02),
+        ):
+            if ratios:
+                text = f"at most {max(ratios):.3f} over {len(ratios)} cells (bar {bar})"
+                lines.append(_verdict(name, max(ratios) <= bar, text))
+            else:
+                lines.append(_open(name, "not measured"))
+        return lines
+
+    def issue2(self) -> list[str]:
+        """Bars of the first end-to-end version."""
+        long_cells = [self._plain_cell(16, k * K) for k in (16, 32, 64)]
+        measured = [case for case in long_cells if case is not None]
+        name = "batch 16 at 16K, 32K, 64K"
+        speed = self._speed(name, measured, None, 1.0, 3)
+        return [speed, self._share("16 x 64K share of the read ceiling", 0.92), *self._accuracy()]
+
+    def issue4(self) -> list[str]:
+        """Bars of the tuned version."""
+        shapes = {(cell.batch, cell.context) for cell in preset("batch-context")}
+        of_grid = [case for case in self.plain if (case["batch"], case["context"]) in shapes]
+        varied = [case for case in self.cases if "lengths" in case]
+        bf16 = [case for case in self.cases if case["kv_dtype"] == "bf16"]
+        other = [c for c in bf16 if (c["heads"], c["q_len"]) != (16, 1) and c["page_size"] == 64]
+        few = [case for case in other if case["heads"] * case["q_len"] <= 64]
+        many = [case for case in other if case["heads"] * case["q_len"] >= 128]
+        return [
+            self._speed("batch x context, 16 heads", of_grid, 1.3, 1.0, len(shapes)),
+            self._share("16 x 64K share of the read ceiling, tuned", 0.96),
+            self._latency(1, 8 * K, 10.0),
+            self._latency(16, 1 * K, 11.5),
+            self._speed("varied lengths", varied, None, 1.2, 3),
+            self._speed("up to 64 rows", few, 1.15, 1.0, 1),
+            self._speed("128 rows and more", many, 1.0, 1.0, 1),
+            self._pages(),
+        ]
+
+
+def _shape(case: Case) -> tuple:
+    keys = ("batch", "context", "heads", "q_len", "page_size", "dtype", "kv_dtype")
+    return (*(case[key] for key in keys), case.get("lengths"))
+
+
+def plot(cases: Sequence[Case], ceiling: float | None, device: str, path: pathlib.Path) -> None:
+    """Time against context for each batch of the plain cells, all peers and the read ceiling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plain = [case for case in cases if is_plain(case)]
+    batches = sorted({case["batch"] for case in plain})
+    if not batches:
+        raise ValueError("nothing to plot: no cell of 16 heads, 1 query, bf16, page 64")
+    columns = min(4, len(batches))
+    rows = -(-len(batches) // columns)
+    drawing, axes = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, sharex=True
+    )
+    for axis, batch in zip(axes.flat, batches, strict=False):
+        own = sorted((c for c in plain if c["batch"] == batch), key=lambda c: c["context"])
+        _plot_batch(axis, own, ceiling, f"batch {batch}")
+    for axis in axes.flat[len(batches) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize=7)
+    drawing.suptitle(f"MLA decode, 16 heads, 1 query token, bf16, page 64: {device}")
+    drawing.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=120)
+    pyplot.close(drawing)
+
+
+def _plot_batch(axis: Any, cases: Sequence[Case], ceiling: float | None, title: str) -> None:
+    time_of: dict[str, Callable[[Case], float | None]] = {"ETAP": lambda case: case["us"]}
+    for name in BF16_PEERS:
+        time_of[PEER_TITLES[name]] = lambda case, n=name: case["peers"].get(n, {}).get("us")
+    for label, get in time_of.items():
+        points = [(case["context"], get(case)) for case in cases if get(case) is not None]
+        if points:
+            style = {"linewidth": 2.2, "color": "black"} if label == "ETAP" else {"alpha": 0.8}
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, **style)
+    if ceiling:
+        contexts = [case["context"] for case in cases]
+        floor = [case["gbps"] * case["us"] / ceiling for case in cases]
+        axis.plot(contexts, floor, linestyle=":", color="grey", label="read ceiling")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks([case["context"] for case in cases])
+    axis.set_xticklabels([tokens(case["context"]) for case in cases], fontsize=7)
+    axis.set_title(title, fontsize=9)
+    axis.set_ylabel("microseconds", fontsize=8)
+    axis.grid(True, which="major", alpha=0.3)

@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""Writes the measured tables of the README from results/h200/*.json, or checks them.
+
+    python scripts/readme_tables.py            rewrite what is between the markers
+    python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
+batch-context, shapes, validation.
+Evidence is stale when it was measured with other kernel sources than those under csrc/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from decode_bench import evidence, report
+from decode_bench.report import Case
+
+MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table:\2 -->)", re.DOTALL)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    alignment = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, alignment, *rows))
+
+
+def provenance(found: dict[str, Any]) -> str:
+    """One line under a table: device, versions, date, command."""
+    versions = found["versions"]
+    named = {"torch": "torch", "flashinfer-python": "FlashInfer", "sglang-kernel": "sglang-kernel"}
+    parts = [f"{title} {versions[key]}" for key, title in named.items() if key in versions]
+    ceiling = found["read_ceiling_gbps"]
+    if ceiling:
+        parts.append(f"read ceiling {ceiling:.0f} GB/s")
+    text = f"\n{found['device']}, {', '.join(parts)}, {found['date'][:10]}."
+    return f"{text} Made by `{found['command']}`.\n" if "command" in found else f"{text}\n"
+
+
+def _times(case: Case, peers: Sequence[str], ceiling: float | None) -> list[str]:
+    share = "-" if not ceiling else f"{100 * case['gbps'] / ceiling:.0f} %"
+    cells = [f"**{case['us']:.1f}**", share]
+    cells += [report.figure(case["peers"].get(name, {}).get("us")) for name in peers]
+    return [*cells, report.figure(report.speedup(case), 2)]
+
+
+def _peers(cases: Sequence[Case]) -> list[str]:
+    return [name for name in report.PEER_TITLES if any(name in case["peers"] for case in cases)]
+
+
+def _time_head(peers: Sequence[str]) -> list[str]:
+    return ["ETAP, us", "of ceiling", *(report.PEER_TITLES[n] for n in peers), "best peer / ETAP"]
+
+
+def batch_context_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str:
+    """16 heads, one query token, bf16, page 64: every batch and context."""
+    cases = sorted(
+        (case for case in decode["cases"] if report.is_plain(case)),
+        key=lambda case: (case["batch"], case["context"]),
+    )
+    peers, ceiling = _peers(cases), decode["read_ceiling_gbps"]
+    rows = [
+        [f"{case['batch']} x {report.tokens(case['context'])}", *_times(case, peers, ceiling)]
+        for case in cases
+    ]
+    return markdown(["batch x context", *_time_head(peers)], rows) + provenance(decode)
+
+
+def shapes_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str:
+    """Every other shape: heads, query lengths, page sizes, fp16, varied lengths."""
+    cases = [case for case in decode["cases"] if not report.is_plain(case)]
+    peers, ceiling = _peers(cases), decode["read_ceiling_gbps"]
+    rows = []
+    for case in cases:
+        lengths = f"{case['lengths']} " if "lengths" in case else ""
+        shape = f"{case['batch']} x {lengths}{report.tokens(case['context'])}"
+        fields = [str(case[key]) for key in ("heads", "q_len", "page_size", "dtype")]
+        rows.append([shape, *fields, *_times(case, peers, ceiling)])
+    head = ["batch x context", "heads", "queries", "page", "dtype", *_time_head(peers)]
+    return markdown(head, rows) + provenance(decode)
+
+
+def validation_table(_: dict[str, Any] | None, validation: dict[str, Any]) -> str:
+    """Numbers of tests, sanitizer outcomes and the worst accuracy."""
+    ratios = [c["rmse"] / c["rmse_rounding"] for c in validation["cases"] if c["rmse_rounding"]]
+    counts = validation["tests"]
+    rows = [
+        ["GPU tests", f"{counts['passed']} passed, {counts['failed']} failed"],
+        *([f"compute-sanitizer {tool}", text] for tool, text in validation["sanitizer"].items()),
+    ]
+    if ratios:
+        text = f"at most {max(ratios):.3f} over {len(ratios)} cases"
+        rows.append(["RMSE against float64 over that of rounding alone", text])
+    return markdown(["check", "outcome"], rows) + provenance(validation)
+
+
+TABLES = {
+    "batch-context": ("decode", batch_context_table),
+    "shapes": ("decode", shapes_table),
+    "validation": ("validation", validation_table),
+}
+
+
+def load_evidence(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The evidence files of a directory by name, without those that are not there."""
+    return {
+        path.stem: json.loads(path.read_text())
+        for path in sorted(directory.glob("*.json"))
+        if path.stem in ("decode", "validation")
+    }
+
+
+def render(readme: str, found: dict[str, dict[str, Any]]) -> str:
+    """The README with every marked table written anew.
+
+    Raises
+    ------
+    ValueError
+        If a marker names an unknown table or one whose evidence is missing, or has no end.
+    """
+
+    def replaced(match: re.Match) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+        source, make = TABLES[name]
+        if source not in found:
+            raise ValueError(f"table {name} needs {source}.json, which is not there")
+        return match[1] + make(found.get("decode"), found.get("validation")) + match[4]
+
+    opened = readme.count("<!-- table:")
+    if opened != len(MARKED.findall(readme)):
+        raise ValueError("a table marker of the README has no matching end")
+    return MARKED.sub(replaced, readme)
+
+
+def stale(found: dict[str, dict[str, Any]], csrc_hash: str) -> list[str]:
+    """Evidence measured with other sources or not in the schema, one line each."""
+    lines = []
+    for name, content in found.items():
+        measured = content.get("csrc_sha256", "")
+        if measured != csrc_hash:
+            lines.append(
+                f"{name}.json is stale: measured with csrc {measured[:12]}, now {csrc_hash[:12]}"
+            )
+        lines += [f"{name}.json: {error}" for error in evidence.schema_errors(content)]
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
+    parser.add_argument("--readme", type=pathlib.Path, default=evidence.REPOSITORY / "README.md")
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=evidence.REPOSITORY / "results" / "h200"
+    )
+    options = parser.parse_args(arguments)
+    found = load_evidence(options.results)
+    problems = stale(found, evidence.csrc_sha256())
+    before = options.readme.read_text()
+    try:
+        after = render(before, found)
+    except ValueError as error:
+        problems.append(str(error))
+        after = before
+    if options.check and after != before:
+        problems.append(f"{options.readme.name}: tables differ; run scripts/readme_tables.py")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not options.check and after != before:
+        options.readme.write_text(after)
+        print(f"written: {options.readme}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

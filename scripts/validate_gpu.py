@@ -1,0 +1,186 @@
+#!/usr/bin/env python
+"""Validates the kernels on a Hopper GPU and writes the evidence, results/<gpu>/validation.json.
+
+Builds all kernel variants in parallel (unless ETAP_FLASHINFER_AOT_DIR already names a directory of
+them), runs tests/gpu, and runs small cases under compute-sanitizer's memcheck and racecheck.
+
+    python scripts/validate_gpu.py
+    python scripts/validate_gpu.py --out /tmp/out --skip-sanitizer -- -k "not large_pool"
+
+Exit status: 0 only if every test passed and every check that was asked for ran clean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+from decode_bench import evidence
+
+# Both types run the same code but for conversions, and racecheck is slow: it sees bf16 only.
+SANITIZER_TOOLS = {"memcheck": (), "racecheck": ("--dtype", "bf16")}
+SANITIZER_ERROR = 9
+TAIL_LINES = 25
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line; what follows ``--`` goes to pytest."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="directory, default results/<gpu>")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel compilations")
+    parser.add_argument("--skip-tests", action="store_true", help="sanitizer only")
+    parser.add_argument("--skip-sanitizer", action="store_true", help="tests only")
+    parser.add_argument(
+        "--sanitizer-timeout", type=float, default=240, help="seconds for each tool"
+    )
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    return parser.parse_args(arguments)
+
+
+def environment(jobs: int) -> dict[str, str]:
+    """This process's environment with all kernel variants built, ready for child processes."""
+    child = dict(os.environ)
+    paths = [str(evidence.REPOSITORY), child.get("PYTHONPATH", "")]
+    child["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if not child.get("ETAP_FLASHINFER_AOT_DIR"):
+        directory = tempfile.mkdtemp(prefix="etap_aot_")
+        command = [sys.executable, "-m", "etap_flashinfer.aot", "--out", directory]
+        started = time.monotonic()
+        subprocess.run([*command, "--jobs", str(jobs)], env=child, check=True)
+        print(f"kernels built in {time.monotonic() - started:.0f} s", flush=True)
+        child["ETAP_FLASHINFER_AOT_DIR"] = directory
+    return child
+
+
+def counts_of(report: pathlib.Path) -> dict[str, Any]:
+    """Numbers of tests in a JUnit report."""
+    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    total = {
+        key: sum(int(suite.get(key, 0)) for suite in suites)
+        for key in ("tests", "failures", "errors", "skipped")
+    }
+    ran_wrong = total["failures"] + total["errors"]
+    return {
+        "passed": total["tests"] - ran_wrong - total["skipped"],
+        "failed": ran_wrong,
+        "skipped": total["skipped"],
+        "seconds": round(sum(float(suite.get("time", 0)) for suite in suites), 1),
+    }
+
+
+def run_tests(child: dict[str, str], extra: list[str]) -> tuple[dict[str, Any], list[dict]]:
+    """Run tests/gpu; returns the counts and the recorded cases."""
+    with tempfile.TemporaryDirectory() as directory:
+        record = pathlib.Path(directory) / "record.jsonl"
+        junit = pathlib.Path(directory) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", f"--junitxml={junit}", *extra]
+        status = subprocess.run(
+            command, env={**child, "ETAP_RECORD": str(record)}, cwd=evidence.REPOSITORY
+        ).returncode
+        if not junit.is_file():
+            raise RuntimeError(f"pytest ended with status {status} before it ran a test")
+        lines = record.read_text().splitlines() if record.is_file() else []
+        counts = counts_of(junit)
+    if status != 0 and counts["failed"] == 0:
+        raise RuntimeError(f"pytest ended with status {status} although no test failed")
+    return counts, [as_case(json.loads(line)) for line in lines]
+
+
+def as_case(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded test case in the evidence schema; validation times nothing."""
+    untimed = {"us": None, "gbps": None, "peers": {}}
+    case = {**untimed, **recorded}
+    return {key: case[key] for key in (*evidence.CASE_KEYS, "test")}
+
+
+def run_sanitizer(tool: str, child: dict[str, str], timeout: float) -> str:
+    """Outcome of one compute-sanitizer tool on the small cases: "clean" or what happened."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return "not run: compute-sanitizer is not on PATH"
+    command = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
+    command += [sys.executable, "scripts/sanitize_cases.py", *SANITIZER_TOOLS[tool]]
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            env={**child, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            cwd=evidence.REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        print("\n".join(text.splitlines()[-TAIL_LINES:]))
+        return f"not finished after {timeout:.0f} s"
+    print("\n".join(done.stdout.splitlines()[-TAIL_LINES:]))
+    print(f"{tool}: status {done.returncode} after {time.monotonic() - started:.0f} s", flush=True)
+    return sanitizer_outcome(done.returncode, done.stdout)
+
+
+def sanitizer_outcome(status: int, output: str) -> str:
+    """Read a finished run: "clean" needs right results and the tool's own summary of no error."""
+    lines = output.splitlines()
+    if any("Device not supported" in line for line in lines):
+        return "not run: compute-sanitizer does not support this device or its virtualisation"
+    summaries = [
+        line
+        for line in lines
+        if line.startswith("=========") and ("ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line)
+    ]
+    none_found = bool(summaries) and "SUMMARY: 0 " in summaries[-1]
+    if status == 0 and none_found:
+        return "clean"
+    if status == SANITIZER_ERROR or (summaries and not none_found):
+        return f"errors: {summaries[-1].lstrip('= ')}" if summaries else "errors"
+    return f"failed with status {status}: {lines[-1] if lines else 'no output'}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("validate_gpu.py needs a GPU; torch sees none", file=sys.stderr)
+        return 2
+    path = (options.out or evidence.default_directory()) / "validation.json"
+    csrc_hash = evidence.check_sources_match()
+    child = environment(options.jobs)
+    result: dict[str, Any] = evidence.header(csrc_hash, None)
+    counts, cases = {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0}, []
+    if not options.skip_tests:
+        counts, cases = run_tests(child, options.pytest)
+    result |= {"tests": counts, "sanitizer": {}, "cases": cases}
+    evidence.write(path, result)  # kept even if a sanitizer run is cut short
+    if not options.skip_sanitizer:
+        for tool in SANITIZER_TOOLS:
+            result["sanitizer"][tool] = run_sanitizer(tool, child, options.sanitizer_timeout)
+            evidence.write(path, result)
+    ratios = [case["rmse"] / case["rmse_rounding"] for case in cases if case["rmse_rounding"]]
+    print(f"tests: {counts}")
+    if ratios:
+        print(f"rmse over rounding alone: at most {max(ratios):.3f} over {len(ratios)} cases")
+    for tool, outcome in result["sanitizer"].items():
+        print(f"{'' if outcome == 'clean' else '!!! '}{tool}: {outcome}")
+    print(f"written: {path}")
+    clean = all(outcome == "clean" for outcome in result["sanitizer"].values())
+    ran = options.skip_tests or (counts["passed"] > 0 and counts["failed"] == 0)
+    return 0 if ran and clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
