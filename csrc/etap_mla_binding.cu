@@ -27,11 +27,11 @@ using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 using Traits = EtapMlaTraits<DType, kRowTile, kKvLoader>;
 
-#define ETAP_CHECK_CUDA(call)                                                              \
-  do {                                                                                     \
-    cudaError_t const status = (call);                                                     \
-    TVM_FFI_CHECK(status == cudaSuccess, RuntimeError)                                     \
-        << "etap_flashinfer: " << #call << " failed: " << cudaGetErrorString(status);      \
+#define ETAP_CHECK_CUDA(call)                                                         \
+  do {                                                                                \
+    cudaError_t const status = (call);                                                \
+    TVM_FFI_CHECK(status == cudaSuccess, RuntimeError)                                \
+        << "etap_flashinfer: " << #call << " failed: " << cudaGetErrorString(status); \
   } while (0)
 
 constexpr int kMaxDevices = 64;
@@ -97,10 +97,12 @@ CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy) {
   cuuint32_t const box[3] = {kBoxColumns, cuuint32_t(rows_per_copy), 1};
   cuuint32_t const element_strides[3] = {1, 1, 1};
   CUtensorMap map;
-  CUresult const status = tensor_map_encoder()(
-      &map, type, 3, pool.data_ptr(), sizes, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult const status =
+      tensor_map_encoder()(&map, type, 3, pool.data_ptr(), sizes, strides, box, element_strides,
+                           // Promotion to 256 bytes reads parts of tokens twice: 7 % slower at 16 x
+                           // 64K (scripts/TUNING.md).
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TVM_FFI_CHECK(status == CUDA_SUCCESS, ValueError)
       << "no tensor map for a cache of shape [" << pool.size(0) << ", " << pool.size(1) << ", "
       << pool.size(2) << "] with strides [" << pool.stride(0) << ", " << pool.stride(1)
@@ -111,9 +113,8 @@ CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy) {
 
 void launch_attention(Params const& params, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
                       int32_t num_ctas, cudaStream_t stream) {
-  etap_mla_kernel<Traits>
-      <<<num_ctas, kThreads, sizeof(typename Traits::SharedStorage), stream>>>(params, ckv_map,
-                                                                              kpe_map);
+  etap_mla_kernel<Traits><<<num_ctas, kThreads, sizeof(typename Traits::SharedStorage), stream>>>(
+      params, ckv_map, kpe_map);
   ETAP_CHECK_CUDA(cudaGetLastError());
 }
 
@@ -202,8 +203,8 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   auto* const bytes = pointer<uint8_t>(workspace);
   params.partial_out = reinterpret_cast<float*>(bytes);
   params.partial_ml = reinterpret_cast<float2*>(bytes + plan.partial_out_bytes);
-  params.merge_descriptors = reinterpret_cast<MergeDescriptor*>(bytes + plan.partial_out_bytes +
-                                                                plan.partial_ml_bytes);
+  params.merge_descriptors =
+      reinterpret_cast<MergeDescriptor*>(bytes + plan.partial_out_bytes + plan.partial_ml_bytes);
 
   CUtensorMap ckv_map = {}, kpe_map = {};
   if constexpr (kKvLoader == KvLoader::kTma) {

@@ -8,10 +8,10 @@
  *   math warpgroup g = 0, 1, for each token tile t:
  *     t % 2 == g:   S^T = K Q^T, box by box as they arrive
  *                   m = max(m, S^T over tokens); P^T = 2^(S^T - m) = high + low -> shared memory
- *     both:         O^T[half g] = 2^(m_old - m) O^T[half g] + V^T[half g] P^T   (256 columns of d_v)
- *   end of segment  sum l over warps and warpgroups; O^T / l transposed -> out,
- *                   or O^T, m, l in fp32 -> workspace if other CTAs share the row tile
- *   merge kernel    (etap_mla_merge.cuh) joins what CTAs left in the workspace.
+ *     both:         O^T[half g] = 2^(m_old - m) O^T[half g] + V^T[half g] P^T   (256 columns of
+ * d_v) end of segment  sum l over warps and warpgroups; O^T / l transposed -> out, or O^T, m, l in
+ * fp32 -> workspace if other CTAs share the row tile merge kernel    (etap_mla_merge.cuh) joins
+ * what CTAs left in the workspace.
  */
 #pragma once
 
@@ -149,9 +149,7 @@ class MathWarpgroup {
   }
 
   // Score of this thread's row i and token 16 * warp + lane / 4 + 8 * half of the tile.
-  __device__ float& score(int32_t i, int32_t half) {
-    return scores_(i / 2 * 4 + half * 2 + i % 2);
-  }
+  __device__ float& score(int32_t i, int32_t half) { return scores_(i / 2 * 4 + half * 2 + i % 2); }
 
   // P^T = 2^(S^T - m) with m the maximum of all tiles so far; P and m go to both warpgroups.
   __device__ void store_probabilities() {
@@ -316,30 +314,21 @@ class MathWarpgroup {
   }
 
   __device__ void finish_segment() {
-    reduce_row_sum();
+    share_row_sums();
     bool const is_whole = segment().is_whole();
     int32_t const slot = 2 * blockIdx.x + (segment().begins_row_tile ? 1 : 0);
-    int32_t const packed_row = segment().packed_row;
     if (is_whole) {
-      write_output(packed_row);
+      write_output();
     } else {
       write_partial(slot);
     }
-    bool const writes_statistics = warpgroup_ == 0 && warp_ == 0 && lane_ < 4;
-    if (writes_statistics) {
-#pragma unroll
-      for (int32_t i = 0; i < kRows; ++i) {
-        if (!is_whole) {
-          params_.partial_ml[slot * kRowTile + row(i)] = make_float2(old_max(i), row_sum_[i]);
-        } else if (params_.lse != nullptr && row(i) < segment().num_rows) {
-          params_.lse[packed_row + row(i)] = log_sum_exp(params_, old_max(i), row_sum_[i]);
-        }
-      }
-    }
+    write_statistics(is_whole, slot);
+    // The next segment's maxima go where the sums are.
+    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
   }
 
-  // Sums over the tokens that other lanes, warps and the other warpgroup saw, in a fixed order.
-  __device__ void reduce_row_sum() {
+  // Sums over the tokens that other lanes saw, and makes the sum known to all warps.
+  __device__ void share_row_sums() {
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -349,16 +338,28 @@ class MathWarpgroup {
       if (lane_ < 4) shared_.warp_partial[warpgroup_][warp_][row(i)] = row_sum_[i];
     }
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+  }
+
+  __device__ float total_sum(int32_t row_of_tile) const {
+    float sum = 0.f;
 #pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      row_sum_[i] = 0.f;
-#pragma unroll
-      for (int32_t warp = 0; warp < 4 * kMathWarpgroups; ++warp) {
-        row_sum_[i] += shared_.warp_partial[warp / 4][warp % 4][row(i)];
-      }
+    for (int32_t warp = 0; warp < 4 * kMathWarpgroups; ++warp) {
+      sum += shared_.warp_partial[warp / 4][warp % 4][row_of_tile];
     }
-    // The next segment's maxima go to the same place.
-    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+    return sum;
+  }
+
+  // LSE or, of a part, maximum and sum; one thread a row.
+  __device__ void write_statistics(bool is_whole, int32_t slot) const {
+    int32_t const row_of_tile = threadIdx.x;
+    if (row_of_tile >= kRowTile) return;
+    float const max = shared_.row_max[max_slot_ == 0 ? 2 : max_slot_ - 1][row_of_tile];
+    float const sum = total_sum(row_of_tile);
+    if (!is_whole) {
+      params_.partial_ml[slot * kRowTile + row_of_tile] = make_float2(max, sum);
+    } else if (params_.lse != nullptr && row_of_tile < segment().num_rows) {
+      params_.lse[segment().packed_row + row_of_tile] = log_sum_exp(params_, max, sum);
+    }
   }
 
   // The high and the low part of P each made a part of O^T; from here on only their sum matters.
@@ -374,15 +375,15 @@ class MathWarpgroup {
     return fragment;
   }
 
-  __device__ void write_output(int32_t packed_row) {
+  __device__ void write_output() {
 #pragma unroll
     for (int32_t block = 0; block < kRowBlocks; ++block) {
-      float const scale_0 = normalizer(row_sum_[2 * block]);
-      float const scale_1 = normalizer(row_sum_[2 * block + 1]);
+      float const scale_0 = normalizer(total_sum(row(2 * block)));
+      float const scale_1 = normalizer(total_sum(row(2 * block + 1)));
       int32_t const row_of_lane = block * 8 + lane_ / 4;
       bool const exists = row_of_lane < segment().num_rows;
       DType* const out_row =
-          output_row<DType>(params_, packed_row + (exists ? row_of_lane : 0));
+          output_row<DType>(params_, segment().packed_row + (exists ? row_of_lane : 0));
 #pragma unroll
       for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
         int32_t const column = (2 * box + warpgroup_) * kBoxColumns + warp_ * 16;
@@ -397,8 +398,7 @@ class MathWarpgroup {
 #pragma unroll
       for (int32_t block = 0; block < kRowBlocks; ++block) {
         OutputFragment const fragment = output_fragment(box, block);
-        int32_t const index =
-            partial_index<kRowTile>(slot, 2 * box + warpgroup_, block, warp_);
+        int32_t const index = partial_index<kRowTile>(slot, 2 * box + warpgroup_, block, warp_);
         *reinterpret_cast<float4*>(params_.partial_out + index) =
             make_float4(fragment.value[0], fragment.value[1], fragment.value[2], fragment.value[3]);
       }
@@ -427,12 +427,15 @@ class MathWarpgroup {
   float row_sum_[kRows];  // over this thread's tokens only, until the segment ends
 };
 
-// One barrier a thread.
+// One barrier a thread. By the last two warps: the first ones have the requests of small batches to
+// look at, and would only wait for the fence.
 template <class Traits>
 __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   constexpr int32_t kRing = Traits::kRingBoxes;
   constexpr int32_t kBoxProducers = Traits::kKvLoader == KvLoader::kTma ? 1 : kGatherThreads;
-  int32_t const i = threadIdx.x;
+  static_assert(2 * kRing + 4 <= 64);
+  int32_t const i = int32_t(threadIdx.x) - (kThreads - 64);
+  if (i < 0) return;
   if (i < kRing) {
     Barrier::init(&shared.box_full[i], kBoxProducers);
   } else if (i < 2 * kRing) {
@@ -459,15 +462,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // The merge kernel's CTAs may take their places as ours leave; they wait for our results.
   cudaTriggerProgrammaticLaunchCompletion();
-  if (threadIdx.x == 0) {
-    params.merge_descriptors[blockIdx.x] = {};
-    if constexpr (Traits::kKvLoader == KvLoader::kTma) {
-      prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&ckv_map));
-      prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&kpe_map));
-    }
-  }
   init_barriers<Traits>(shared);
+  if (Traits::kKvLoader == KvLoader::kTma && threadIdx.x == kMathThreads) {
+    prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&ckv_map));
+    prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&kpe_map));
+  }
   find_cta_work<Traits::kRowTile>(params, shared.schedule, work);
+  if (threadIdx.x == kThreads - 1) params.merge_descriptors[blockIdx.x] = {};
   __syncthreads();
   if (work.begin >= work.end) return;
 

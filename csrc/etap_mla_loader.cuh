@@ -172,12 +172,6 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     has_segment = walk.next();
     if (!has_segment) segment.tile_end = segment.tile_begin;  // the end
     Barrier::wait(&shared.query_empty, number & 1 ^ 1);
-    if (thread == 0) {
-      shared.segments[number & 1] = segment;
-      if (has_segment && segment.begins_row_tile && !segment.ends_row_tile) {
-        params.merge_descriptors[blockIdx.x] = walk.merge_descriptor();
-      }
-    }
 #pragma unroll 1
     for (int32_t row = thread / 8; has_segment && row < Traits::kRowTile; row += kRowsPerPass) {
       bool const exists = row < segment.num_rows;
@@ -197,6 +191,12 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
       for (int32_t box = 0; box < kCkvBoxes; ++box) copy(params.q_nope, nope + box * kBoxColumns);
     }
     cutlass::arch::cp_async_fence();
+    if (thread == 0) {
+      shared.segments[number & 1] = segment;
+      if (has_segment && segment.begins_row_tile && !segment.ends_row_tile) {
+        params.merge_descriptors[blockIdx.x] = walk.merge_descriptor();
+      }
+    }
     cutlass::arch::cp_async_wait<0>();
     cutlass::arch::fence_view_async_shared();
     Barrier::arrive(&shared.query_full);

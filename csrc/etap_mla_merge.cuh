@@ -3,7 +3,8 @@
  *
  * Joins the parts of row tiles that several CTAs of the attention kernel shared:
  *
- *   M = max m_p,  L = sum 2^(m_p - M) l_p,  w_p = 2^(m_p - M) / L,  O = sum w_p O_p,  LSE = M + log2 L
+ *   M = max m_p,  L = sum 2^(m_p - M) l_p,  w_p = 2^(m_p - M) / L,  O = sum w_p O_p,  LSE = M +
+ * log2 L
  *
  * A unit is one accumulator fragment of a warp (16 columns of d_v x 8 rows). A CTA joins 1 to 8
  * neighbouring units, all of the same 8 rows: it finds the w_p of these rows once, then its warps
@@ -27,7 +28,7 @@ class Merge {
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kUnitsPerBlock = kCkvBoxes * 4;  // of 8 rows: boxes x warps of a warpgroup
   static constexpr int kUnitsPerRowTile = kRowBlocks * kUnitsPerBlock;
-  static constexpr int kLoadsInFlight = 4;
+  static constexpr int kLoadsInFlight = 8;
 
  public:
   struct SharedStorage {
@@ -39,11 +40,13 @@ class Merge {
     float4 sums[kMergeWarps][32];
   };
 
-  __device__ Merge(Params const& params, SharedStorage& shared) : params_(params), shared_(shared) {}
+  __device__ Merge(Params const& params, SharedStorage& shared)
+      : params_(params), shared_(shared) {}
 
   __device__ void run(int32_t num_ctas) {
     int32_t const num_units = list_split_row_tiles(num_ctas) * kUnitsPerRowTile;
-    int32_t log_units = 0;  // units a CTA joins at once: the fewest that leave none to a second round
+    int32_t log_units =
+        0;  // units a CTA joins at once: the fewest that leave none to a second round
     while (log_units < 3 && num_units > int32_t(gridDim.x) << log_units) ++log_units;
     for (int32_t first = blockIdx.x << log_units; first < num_units;
          first += gridDim.x << log_units) {
@@ -121,8 +124,7 @@ class Merge {
     if (share == 0) {
       int32_t const row = row_block * 8 + lane_ / 4;
       bool const exists = row < descriptor.num_rows;
-      DType* const out_row =
-          output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0));
+      DType* const out_row = output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0));
       store_fragment({{sum.x, sum.y, sum.z, sum.w}}, 1.f, 1.f, out_row,
                      box * kBoxColumns + fragment_warp * 16, exists);
     }

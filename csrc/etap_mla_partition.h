@@ -5,8 +5,8 @@
  * in the kernel and in the CPU tests.
  *
  * All work lies on one line: request after request, row tile after row tile, token tile after
- * token tile. CTA c works on tiles [begin(c), begin(c + 1)), so each tile is done once, and a row
- * tile that reaches over a CTA boundary is split there.
+ * token tile. Each CTA works on one range of it, so each tile is done once, and a row tile that
+ * reaches over the end of a range is split there.
  */
 #pragma once
 
@@ -43,13 +43,19 @@ struct Partition {
   int32_t part_tiles;
   int32_t longer_parts;
 
-  // First tile of CTA `cta`; total_tiles from the first idle CTA on.
-  ETAP_HOST_DEVICE int32_t begin(int32_t cta) const {
+  struct Range {
+    int32_t begin, end;
+  };
+
+  // Tiles of CTA `cta`; empty, at total_tiles, for idle CTAs.
+  ETAP_HOST_DEVICE Range range(int32_t cta) const {
     int32_t const unit = cta / parts_per_unit;
     int32_t const part = cta - unit * parts_per_unit;
-    int64_t const position = int64_t(unit) * unit_tiles + int64_t(part) * part_tiles +
-                             (part < longer_parts ? part : longer_parts);
-    return position < total_tiles ? int32_t(position) : total_tiles;
+    int64_t const begin = int64_t(unit) * unit_tiles + int64_t(part) * part_tiles +
+                          (part < longer_parts ? part : longer_parts);
+    int64_t const end = begin + part_tiles + (part < longer_parts ? 1 : 0);
+    return {int32_t(begin < total_tiles ? begin : total_tiles),
+            int32_t(end < total_tiles ? end : total_tiles)};
   }
 
   // The CTA whose range holds tile `position`, 0 <= position < total_tiles.
@@ -80,8 +86,7 @@ ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles
     int32_t const row_tiles_per_unit = splits ? 1 : (row_tiles - 1) / num_ctas + 1;
     int32_t const parts_wanted = splits ? num_ctas / row_tiles : 1;
     int32_t const aligned_unit = saturating_multiply(row_tiles_per_unit, longest_row_tile);
-    int32_t const aligned_parts =
-        parts_wanted < longest_row_tile ? parts_wanted : longest_row_tile;
+    int32_t const aligned_parts = parts_wanted < longest_row_tile ? parts_wanted : longest_row_tile;
     int32_t const span = (aligned_unit - 1) / aligned_parts + 1;
     if (span <= shortest_span + shortest_span / 16) {
       unit_tiles = aligned_unit;

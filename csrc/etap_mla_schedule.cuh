@@ -16,15 +16,25 @@ namespace etap {
 // Token numbers, rounded up to whole tiles, stay within 32 bits.
 constexpr int64_t kLongestRequest = INT32_MAX - kTokenTile;
 
+// What the index tensors say of one request. Loading takes a while; use it as late as possible.
+struct RawRequest {
+  int32_t query_begin, query_end, page_begin, page_end, kv_len;
+};
+
+__device__ __forceinline__ RawRequest load_request(Params const& params, int32_t index) {
+  if (index >= params.batch) return {0, 0, 0, 0, 0};
+  return {params.qo_indptr[index], params.qo_indptr[index + 1], params.kv_indptr[index],
+          params.kv_indptr[index + 1], params.kv_len_arr[index]};
+}
+
 // Every number is clamped so that no index tensor can lead outside the buffers.
-__device__ __forceinline__ Request load_request(Params const& params, int32_t index) {
-  if (index >= params.batch) return {0, 0, 0, 0};
-  int32_t const query_begin = min(max(params.qo_indptr[index], 0), params.total_queries);
-  int32_t const query_end = min(max(params.qo_indptr[index + 1], query_begin), params.total_queries);
-  int32_t const page_begin = min(max(params.kv_indptr[index], 0), params.num_kv_indices);
-  int32_t const page_end = min(max(params.kv_indptr[index + 1], page_begin), params.num_kv_indices);
+__device__ __forceinline__ Request clamp_request(Params const& params, RawRequest const& raw) {
+  int32_t const query_begin = min(max(raw.query_begin, 0), params.total_queries);
+  int32_t const query_end = min(max(raw.query_end, query_begin), params.total_queries);
+  int32_t const page_begin = min(max(raw.page_begin, 0), params.num_kv_indices);
+  int32_t const page_end = min(max(raw.page_end, page_begin), params.num_kv_indices);
   int64_t const capacity = min(int64_t(page_end - page_begin) * params.page_size, kLongestRequest);
-  int32_t const kv_len = int32_t(min(int64_t(max(params.kv_len_arr[index], 0)), capacity));
+  int32_t const kv_len = int32_t(min(int64_t(max(raw.kv_len, 0)), capacity));
   return {query_begin, query_end - query_begin, page_begin, kv_len};
 }
 
@@ -52,8 +62,9 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   int32_t const requests = params.requests_per_thread;
   int32_t const first = int32_t(threadIdx.x) * requests;
   int32_t tiles = 0, row_tiles = 0, longest = 0;
+  Request request;
   for (int32_t i = 0; i < requests; ++i) {
-    Request const request = load_request(params, first + i);
+    request = clamp_request(params, load_request(params, first + i));
     int32_t const request_row_tiles = count_row_tiles<kRowTile>(params, request);
     tiles = saturating_add(tiles, count_tiles<kRowTile>(params, request));
     row_tiles += request_row_tiles;
@@ -68,41 +79,39 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   }
   row_tiles = __reduce_add_sync(0xffffffff, row_tiles);
   longest = __reduce_max_sync(0xffffffff, longest);
-  if (lane == 31) {
-    scratch.tiles[warp] = through;
-    scratch.row_tiles[warp] = row_tiles;
-    scratch.longest[warp] = longest;
-  }
+  if (lane == 31) scratch.warps[warp] = make_int4(through, row_tiles, longest, 0);
   __syncthreads();
 
   int32_t before = 0, total = 0;
   row_tiles = longest = 0;
 #pragma unroll
   for (int32_t i = 0; i < kThreads / 32; ++i) {
+    int4 const sums = scratch.warps[i];
     if (i == warp) before = total;
-    total = saturating_add(total, scratch.tiles[i]);
-    row_tiles += scratch.row_tiles[i];
-    longest = max(longest, scratch.longest[i]);
+    total = saturating_add(total, sums.x);
+    row_tiles += sums.y;
+    longest = max(longest, sums.z);
   }
   Partition const partition = make_partition(total, max(row_tiles, 1), longest, gridDim.x);
-  int32_t const begin = partition.begin(blockIdx.x);
+  auto const [begin, end] = partition.range(blockIdx.x);
   if (threadIdx.x == 0) {
     work.partition = partition;
     work.begin = begin;
-    work.end = partition.begin(blockIdx.x + 1);
+    work.end = end;
   }
   int32_t request_begin = saturating_add(before, through - tiles);
   if (begin < request_begin || begin >= saturating_add(before, through)) return;
-  for (int32_t i = first;; ++i) {  // this thread's share holds the CTA's first tile
-    Request const request = load_request(params, i);
-    int32_t const request_end = request_begin + count_tiles<kRowTile>(params, request);
-    if (begin < request_end) {
-      work.first_request = i;
-      work.first_request_begin = request_begin;
-      return;
+  int32_t index = first;  // this thread's share holds the CTA's first tile
+  if (requests > 1) {
+    request = clamp_request(params, load_request(params, index));
+    while (begin >= request_begin + count_tiles<kRowTile>(params, request)) {
+      request_begin += count_tiles<kRowTile>(params, request);
+      request = clamp_request(params, load_request(params, ++index));
     }
-    request_begin = request_end;
   }
+  work.first_request = index;
+  work.first_request_begin = request_begin;
+  work.request = request;
 }
 
 // Walks the segments of one CTA. Both loaders walk for themselves and see the same ones; the math
@@ -118,7 +127,7 @@ class SegmentWalk {
         position_(work.begin),
         request_begin_(work.first_request_begin),
         index_(work.first_request) {
-    segment.request = load_request(params, index_);
+    segment.request = work.request;
     next_request_ = load_request(params, index_ + 1);
   }
 
@@ -127,7 +136,7 @@ class SegmentWalk {
     Request& request = segment.request;
     while (position_ >= saturating_add(request_begin_, count_tiles<kRowTile>(params_, request))) {
       request_begin_ += count_tiles<kRowTile>(params_, request);
-      request = next_request_;
+      request = clamp_request(params_, next_request_);
       if (++index_ >= params_.batch) return false;
       // Loaded one request ahead, so that nobody waits for it between two segments.
       next_request_ = load_request(params_, index_ + 1);
@@ -161,7 +170,7 @@ class SegmentWalk {
   int32_t position_;
   int32_t request_begin_;
   int32_t index_;
-  Request next_request_;
+  RawRequest next_request_;
 };
 
 }  // namespace etap

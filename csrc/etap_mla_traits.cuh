@@ -82,13 +82,12 @@ struct CtaWork {
   int32_t begin, end;
   int32_t first_request_begin;
   int32_t first_request;
+  Request request;  // the first
 };
 
-// Sums of each warp, while the schedule is made.
+// Sums of each warp, while the schedule is made: tiles, row tiles, longest row tile.
 struct ScheduleScratch {
-  int32_t tiles[kThreads / 32];
-  int32_t row_tiles[kThreads / 32];
-  int32_t longest[kThreads / 32];
+  alignas(16) int4 warps[kThreads / 32];
 };
 
 // What the first CTA of a split row tile tells the merge kernel; num_parts is 0 for none.
@@ -100,19 +99,11 @@ struct alignas(16) MergeDescriptor {
 };
 
 struct Params {
-  void const* q_nope;  // [total_queries, num_heads, 512]
-  void const* q_pe;    // [total_queries, num_heads, 64]
-  void const* ckv;     // [num_pages, page_size, 512]
-  void const* kpe;     // [num_pages, page_size, 64]
-  int64_t q_nope_stride_token, q_nope_stride_head;  // strides in elements
-  int64_t q_pe_stride_token, q_pe_stride_head;
-  int64_t ckv_stride_page, ckv_stride_token;
-  int64_t kpe_stride_page, kpe_stride_token;
-
+  // First what the schedule needs: every CTA waits for these constants before anything else.
   int32_t const* qo_indptr;   // [batch + 1]
   int32_t const* kv_indptr;   // [batch + 1], in pages
-  int32_t const* kv_indices;  // [num_kv_indices]
   int32_t const* kv_len_arr;  // [batch], in tokens
+  int32_t const* kv_indices;  // [num_kv_indices]
   int32_t num_kv_indices;
   int32_t batch;
   int32_t requests_per_thread;  // ceil(batch / kThreads)
@@ -120,13 +111,22 @@ struct Params {
   int32_t total_queries;
   int32_t num_pages;
   int32_t page_size;
-  int32_t rows_per_copy;  // kTma: gcd(page_size, 64)
+  int32_t rows_per_copy;                    // kTma: gcd(page_size, 64)
   cutlass::FastDivmod divide_by_heads;      // packed row -> query, head
   cutlass::FastDivmod divide_by_page_size;  // token -> page of the request, row in the page
-  bool causal;
+
+  void const* q_nope;                               // [total_queries, num_heads, 512]
+  void const* q_pe;                                 // [total_queries, num_heads, 64]
+  void const* ckv;                                  // [num_pages, page_size, 512]
+  void const* kpe;                                  // [num_pages, page_size, 64]
+  int64_t q_nope_stride_token, q_nope_stride_head;  // strides in elements
+  int64_t q_pe_stride_token, q_pe_stride_head;
+  int64_t ckv_stride_page, ckv_stride_token;
+  int64_t kpe_stride_page, kpe_stride_token;
 
   float scale_log2;  // sm_scale * log2(e): the softmax works in powers of two
   float lse_factor;  // 1, or ln(2) for an LSE to base e
+  bool causal;
 
   void* out;  // [total_queries, num_heads, 512]
   int64_t out_stride_token, out_stride_head;
@@ -134,8 +134,8 @@ struct Params {
 
   // Workspace. A CTA leaves at most two partial results: the end of a row tile that began in an
   // earlier CTA (slot 2c) and the beginning of one that ends in a later CTA (slot 2c + 1).
-  float* partial_out;   // [2 * num_ctas, 512 * row_tile], in the order of accumulator fragments
-  float2* partial_ml;   // [2 * num_ctas, row_tile]: running maximum (base 2) and sum
+  float* partial_out;  // [2 * num_ctas, 512 * row_tile], in the order of accumulator fragments
+  float2* partial_ml;  // [2 * num_ctas, row_tile]: running maximum (base 2) and sum
   MergeDescriptor* merge_descriptors;  // [num_ctas]
 };
 
@@ -163,17 +163,18 @@ struct EtapMlaTraits {
     int const query = kRowTile * (kHeadDimCkv + kHeadDimKpe) * int(sizeof(DType));
     int const probability = 2 * 2 * kRowTile * kTokenTile * int(sizeof(DType));
     int const statistics = (3 + 2 * 4) * kRowTile * int(sizeof(float));
-    int const fixed = query + probability + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) + 64;
+    int const fixed = query + probability + statistics +
+                      int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) + 64;
     return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
   }();
   static_assert(kRingBoxes >= kBoxesPerTile, "the ring must hold a whole token tile");
 
   using KAtom = GMMA::Layout_K_SW128_Atom<DType>;
-  using LayoutK = decltype(tile_to_shape(
-      KAtom{}, Shape<Int<kTokenTile>, Int<kBoxColumns>, Int<kRingBoxes>>{}));
-  using LayoutV = decltype(tile_to_shape(
-      GMMA::Layout_MN_SW128_Atom<DType>{},
-      Shape<Int<kBoxColumns>, Int<kTokenTile>, Int<kRingBoxes>>{}));
+  using LayoutK =
+      decltype(tile_to_shape(KAtom{}, Shape<Int<kTokenTile>, Int<kBoxColumns>, Int<kRingBoxes>>{}));
+  using LayoutV =
+      decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<DType>{},
+                             Shape<Int<kBoxColumns>, Int<kTokenTile>, Int<kRingBoxes>>{}));
   using LayoutQ = decltype(tile_to_shape(
       KAtom{}, Shape<Int<kRowTile>, Int<kBoxColumns>, Int<kBoxesPerTile>>{}));
   using LayoutP = decltype(tile_to_shape(
@@ -190,12 +191,12 @@ struct EtapMlaTraits {
     alignas(1024) DType ring[kRingBoxes * kBoxElements];
     alignas(1024) DType query[cosize_v<LayoutQ>];
     alignas(1024) DType probability[cosize_v<LayoutP>];
-    float row_max[3][kRowTile];      // of the tiles so far; [tile number % 3]
+    float row_max[3][kRowTile];          // of the tiles so far; [tile number % 3]
     float warp_partial[2][4][kRowTile];  // [math warpgroup][warp]: tile maxima, then row sums
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
     uint64_t query_full, query_empty;
     uint64_t probability_ready[2];  // [tile parity]
-    Segment segments[2];  // [segment number % 2]; one without tiles is the end
+    Segment segments[2];            // [segment number % 2]; one without tiles is the end
     CtaWork work;
     ScheduleScratch schedule;
   };
