@@ -27,6 +27,7 @@ namespace etap {
 // Barriers among math threads, in CUTLASS's numbering of user barriers.
 constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
 constexpr uint32_t kMathBarrier = 2;
+constexpr uint32_t kProbabilityBarrier = 3;  // and 4: one for each buffer of P
 
 template <class Traits>
 class MathWarpgroup {
@@ -168,7 +169,7 @@ class MathWarpgroup {
       write_probability_operand(block);
     }
     cutlass::arch::fence_view_async_shared();
-    arrive_once_per_warp(&shared_.probability_ready[tile_number_ & 1]);
+    cutlass::arch::NamedBarrier::arrive(kMathThreads, kProbabilityBarrier + warpgroup_);
   }
 
   // Reduces over the tokens of a warp: neighbours in the thread, then lanes 4, 8 and 16 apart.
@@ -258,7 +259,14 @@ class MathWarpgroup {
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
       wait_for_box(ckv_slot(box));
     }
-    Barrier::wait(&shared_.probability_ready[buffer], tile_number_ / 2 & 1);
+    // The owner only announced P to the other warpgroup and goes on with its own four warps. It
+    // announces the next P in this buffer after it has seen the other's, hence after this one's
+    // use.
+    if (buffer == warpgroup_) {
+      cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kWarpgroupBarrier + warpgroup_);
+    } else {
+      cutlass::arch::NamedBarrier::sync(kMathThreads, kProbabilityBarrier + buffer);
+    }
     rescale_output(/*scales_row_sum=*/buffer != warpgroup_);
     if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end(tile);
 
@@ -433,7 +441,7 @@ template <class Traits>
 __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   constexpr int32_t kRing = Traits::kRingBoxes;
   constexpr int32_t kBoxProducers = Traits::kKvLoader == KvLoader::kTma ? 1 : kGatherThreads;
-  static_assert(2 * kRing + 4 <= 64);
+  static_assert(2 * kRing + 2 <= 64);
   int32_t const i = int32_t(threadIdx.x) - (kThreads - 64);
   if (i < 0) return;
   if (i < kRing) {
@@ -441,11 +449,9 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   } else if (i < 2 * kRing) {
     // The warps of the one warpgroup that reads the box last.
     Barrier::init(&shared.box_empty[i - kRing], 4);
-  } else if (i < 2 * kRing + 2) {
-    Barrier::init(&shared.probability_ready[i - 2 * kRing], 4);
-  } else if (i == 2 * kRing + 2) {
+  } else if (i == 2 * kRing) {
     Barrier::init(&shared.query_full, kQueryLoadThreads);
-  } else if (i == 2 * kRing + 3) {
+  } else if (i == 2 * kRing + 1) {
     Barrier::init(&shared.query_empty, 4 * kMathWarpgroups);
   }
   cutlass::arch::fence_barrier_init();

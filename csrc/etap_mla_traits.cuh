@@ -195,8 +195,7 @@ struct EtapMlaTraits {
     float warp_partial[2][4][kRowTile];  // [math warpgroup][warp]: tile maxima, then row sums
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
     uint64_t query_full, query_empty;
-    uint64_t probability_ready[2];  // [tile parity]
-    Segment segments[2];            // [segment number % 2]; one without tiles is the end
+    Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
     ScheduleScratch schedule;
   };
