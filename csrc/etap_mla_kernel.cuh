@@ -27,7 +27,6 @@ namespace etap {
 // Barriers among math threads, in CUTLASS's numbering of user barriers.
 constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
 constexpr uint32_t kMathBarrier = 2;
-constexpr uint32_t kProbabilityBarrier = 3;  // and 4: one for each buffer of P
 
 template <class Traits>
 class MathWarpgroup {
@@ -152,7 +151,7 @@ class MathWarpgroup {
   // Score of this thread's row i and token 16 * warp + lane / 4 + 8 * half of the tile.
   __device__ float& score(int32_t i, int32_t half) { return scores_(i / 2 * 4 + half * 2 + i % 2); }
 
-  // P^T = 2^(S^T - m) with m the maximum of all tiles so far; P and m go to both warpgroups.
+  // P^T = 2^(S^T - m) with m the maximum of all tiles so far, both left for the two warpgroups.
   __device__ void store_probabilities() {
     share_tile_max();
 #pragma unroll
@@ -169,7 +168,6 @@ class MathWarpgroup {
       write_probability_operand(block);
     }
     cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::arrive(kMathThreads, kProbabilityBarrier + warpgroup_);
   }
 
   // Reduces over the tokens of a warp: neighbours in the thread, then lanes 4, 8 and 16 apart.
@@ -259,14 +257,10 @@ class MathWarpgroup {
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
       wait_for_box(ckv_slot(box));
     }
-    // The owner only announced P to the other warpgroup and goes on with its own four warps. It
-    // announces the next P in this buffer after it has seen the other's, hence after this one's
+    // P is complete. The owner hardly waits: the other warpgroup had nothing else to do. P of the
+    // next tile but one goes to the same buffer, after the next tile's barrier, hence after this
     // use.
-    if (buffer == warpgroup_) {
-      cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kWarpgroupBarrier + warpgroup_);
-    } else {
-      cutlass::arch::NamedBarrier::sync(kMathThreads, kProbabilityBarrier + buffer);
-    }
+    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
     rescale_output(/*scales_row_sum=*/buffer != warpgroup_);
     if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end(tile);
 

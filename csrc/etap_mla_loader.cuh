@@ -46,50 +46,51 @@ __device__ __forceinline__ TokenPlace find_token(Params const& params, Request c
   return {params.kv_indices[request.page_begin + page_in_request], row};
 }
 
-// One warp. Lane g copies the g-th group of rows of each box; a group lies within one page.
+// One warp. Lane g looks up the g-th group of rows of a tile, which lies within one page; lane b
+// copies box b. A tile is asked for as a whole, when there is room for all of its boxes: the nine
+// boxes share the DRAM pages of their tokens.
 template <class Traits>
 __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_map,
                                   CUtensorMap const& kpe_map,
                                   typename Traits::SharedStorage& shared, CtaWork const& work) {
   int32_t const lane = threadIdx.x % 32;
   int32_t const rows_per_copy = params.rows_per_copy;
-  int32_t const token_of_lane =
-      lane < kTokenTile / rows_per_copy ? lane * rows_per_copy : kTokenTile;
-  uint32_t const group_bytes = rows_per_copy * kBoxColumns * sizeof(typename Traits::DType);
+  int32_t const groups = kTokenTile / rows_per_copy;
+  int32_t const group_bytes = rows_per_copy * kBoxColumns * int32_t(sizeof(typename Traits::DType));
+  CUtensorMap const* const map = lane == 0 ? &kpe_map : &ckv_map;
+  int32_t const column = lane == 0 ? 0 : (lane - 1) * kBoxColumns;
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
   Segment const& segment = walk.segment;
   while (walk.next()) {
     auto place_in = [&](int32_t tile) -> TokenPlace {
-      bool const has_group = token_of_lane < kTokenTile && tile < segment.tile_end;
-      return has_group ? find_token(params, segment.request, tile * kTokenTile + token_of_lane)
-                       : TokenPlace{-1, 0};
+      bool const has_group = lane < groups && tile < segment.tile_end;
+      int32_t const token = tile * kTokenTile + lane * rows_per_copy;
+      return has_group ? find_token(params, segment.request, token) : TokenPlace{-1, 0};
     };
     TokenPlace next_place = place_in(segment.tile_begin);
     for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
-      // Groups past the end of the request are not copied: their pages may not exist.
-      int32_t const tokens = segment.request.kv_len - tile * kTokenTile;
-      bool const copies = token_of_lane < min(tokens, kTokenTile);
-      uint32_t const bytes = __popc(__ballot_sync(0xffffffff, copies)) * group_bytes;
       TokenPlace const place = next_place;
       next_place = place_in(tile + 1);
+      // Groups past the end of the request are not copied: their pages may not exist.
+      int32_t const tokens = min(segment.request.kv_len - tile * kTokenTile, kTokenTile);
+      int32_t const copies = (tokens + rows_per_copy - 1) / rows_per_copy;
 
-#pragma unroll 1
-      for (int32_t box = 0; box < kBoxesPerTile; ++box) {
-        auto const slot = ring.after(box);
-        Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
-        if (lane == 0) {
-          TransactionBarrier::arrive_and_expect_tx(&shared.box_full[slot.index], bytes);
-        }
-        __syncwarp();
-        if (copies) {
-          bool const is_kpe = box == 0;
-          SM90_TMA_LOAD_3D::copy(
-              is_kpe ? &kpe_map : &ckv_map, &shared.box_full[slot.index],
-              static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-              &shared.ring[slot.index * kBoxElements + token_of_lane * kBoxColumns],
-              is_kpe ? 0 : (box - 1) * kBoxColumns, place.row, place.page);
+      auto const slot = ring.after(lane % kBoxesPerTile);
+      uint64_t* const full = &shared.box_full[slot.index];
+      Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
+      __syncwarp();
+      if (lane < kBoxesPerTile)
+        TransactionBarrier::arrive_and_expect_tx(full, copies * group_bytes);
+      for (int32_t group = 0; group < copies; ++group) {
+        int32_t const page = __shfl_sync(0xffffffff, place.page, group);
+        int32_t const row = __shfl_sync(0xffffffff, place.row, group);
+        int32_t const first_row = group * rows_per_copy;
+        if (lane < kBoxesPerTile) {
+          SM90_TMA_LOAD_3D::copy(map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
+                                 &shared.ring[slot.index * kBoxElements + first_row * kBoxColumns],
+                                 column, row, page);
         }
       }
       ring = ring.after(kBoxesPerTile);

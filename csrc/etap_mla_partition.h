@@ -43,6 +43,8 @@ struct Partition {
   int32_t part_tiles;
   int32_t longer_parts;
 
+  ETAP_HOST_DEVICE int32_t longest_part() const { return part_tiles + (longer_parts > 0 ? 1 : 0); }
+
   struct Range {
     int32_t begin, end;
   };
@@ -77,24 +79,26 @@ struct Partition {
 ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles,
                                           int32_t longest_row_tile, int32_t num_ctas) {
   if (total_tiles == 0) return {0, 1, 1, 1, 0};
-  int32_t const shortest_span = (total_tiles - 1) / num_ctas + 1;
-  int32_t unit_tiles = total_tiles;
-  int32_t parts = total_tiles < num_ctas ? total_tiles : num_ctas;
+  int32_t const parts = total_tiles < num_ctas ? total_tiles : num_ctas;
+  int32_t const part_tiles = total_tiles / parts;
+  Partition const even = {total_tiles, total_tiles, parts, part_tiles,
+                          total_tiles - part_tiles * parts};
   bool const is_uniform = int64_t(row_tiles) * longest_row_tile == total_tiles;
-  if (is_uniform) {
-    bool const splits = row_tiles <= num_ctas;
-    int32_t const row_tiles_per_unit = splits ? 1 : (row_tiles - 1) / num_ctas + 1;
-    int32_t const parts_wanted = splits ? num_ctas / row_tiles : 1;
-    int32_t const aligned_unit = saturating_multiply(row_tiles_per_unit, longest_row_tile);
-    int32_t const aligned_parts = parts_wanted < longest_row_tile ? parts_wanted : longest_row_tile;
-    int32_t const span = (aligned_unit - 1) / aligned_parts + 1;
-    if (span <= shortest_span + shortest_span / 16) {
-      unit_tiles = aligned_unit;
-      parts = aligned_parts;
-    }
+  if (!is_uniform) return even;
+
+  Partition aligned = {total_tiles, longest_row_tile, 1, longest_row_tile, 0};
+  if (row_tiles > num_ctas) {  // whole row tiles, the same number for each CTA
+    int32_t const row_tiles_per_cta = (row_tiles - 1) / num_ctas + 1;
+    aligned.unit_tiles = saturating_multiply(row_tiles_per_cta, longest_row_tile);
+    aligned.part_tiles = aligned.unit_tiles;
+  } else {  // the same number of CTAs for each row tile
+    int32_t const ctas = num_ctas / row_tiles;
+    aligned.parts_per_unit = ctas < longest_row_tile ? ctas : longest_row_tile;
+    aligned.part_tiles = longest_row_tile / aligned.parts_per_unit;
+    aligned.longer_parts = longest_row_tile - aligned.part_tiles * aligned.parts_per_unit;
   }
-  int32_t const part_tiles = unit_tiles / parts;
-  return {total_tiles, unit_tiles, parts, part_tiles, unit_tiles - part_tiles * parts};
+  int32_t const longest_span = even.longest_part();
+  return aligned.longest_part() <= longest_span + longest_span / 16 ? aligned : even;
 }
 
 }  // namespace etap
