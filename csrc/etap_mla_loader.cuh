@@ -47,8 +47,7 @@ __device__ __forceinline__ TokenPlace find_token(Params const& params, Request c
 }
 
 // One warp. Lane g looks up the g-th group of rows of a tile, which lies within one page; lane b
-// copies box b. A tile is asked for as a whole, when there is room for all of its boxes: the nine
-// boxes share the DRAM pages of their tokens.
+// copies box b.
 template <class Traits>
 __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_map,
                                   CUtensorMap const& kpe_map,
@@ -75,23 +74,24 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
       next_place = place_in(tile + 1);
       // Groups past the end of the request are not copied: their pages may not exist.
       int32_t const tokens = min(segment.request.kv_len - tile * kTokenTile, kTokenTile);
-      int32_t const copies = (tokens + rows_per_copy - 1) / rows_per_copy;
+      int32_t const copies = tokens <= 0 ? 0 : (tokens - 1) / rows_per_copy + 1;
 
       auto const slot = ring.after(lane % kBoxesPerTile);
       uint64_t* const full = &shared.box_full[slot.index];
-      Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
-      __syncwarp();
-      if (lane < kBoxesPerTile)
-        TransactionBarrier::arrive_and_expect_tx(full, copies * group_bytes);
-      for (int32_t group = 0; group < copies; ++group) {
+      for (int32_t group = 0; group < max(copies, 1); ++group) {
         int32_t const page = __shfl_sync(0xffffffff, place.page, group);
         int32_t const row = __shfl_sync(0xffffffff, place.row, group);
         int32_t const first_row = group * rows_per_copy;
-        if (lane < kBoxesPerTile) {
-          SM90_TMA_LOAD_3D::copy(map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-                                 &shared.ring[slot.index * kBoxElements + first_row * kBoxColumns],
-                                 column, row, page);
+        if (lane >= kBoxesPerTile) continue;
+        if (group == 0) {
+          Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
+          if constexpr (Traits::kAsksForWholeTiles) __syncwarp((1 << kBoxesPerTile) - 1);
+          TransactionBarrier::arrive_and_expect_tx(full, copies * group_bytes);
+          if (copies == 0) break;
         }
+        SM90_TMA_LOAD_3D::copy(map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
+                               &shared.ring[slot.index * kBoxElements + first_row * kBoxColumns],
+                               column, row, page);
       }
       ring = ring.after(kBoxesPerTile);
     }

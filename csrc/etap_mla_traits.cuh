@@ -169,6 +169,11 @@ struct EtapMlaTraits {
   }();
   static_assert(kRingBoxes >= kBoxesPerTile, "the ring must hold a whole token tile");
 
+  // The nine boxes of a tile share the DRAM pages of their tokens, so the loader asks for them all
+  // at once, when there is room for all (1 % at long contexts). A ring of less than two tiles would
+  // run dry that way.
+  static constexpr bool kAsksForWholeTiles = kRingBoxes >= 2 * kBoxesPerTile;
+
   using KAtom = GMMA::Layout_K_SW128_Atom<DType>;
   using LayoutK =
       decltype(tile_to_shape(KAtom{}, Shape<Int<kTokenTile>, Int<kBoxColumns>, Int<kRingBoxes>>{}));

@@ -1,0 +1,161 @@
+"""Properties of the schedule: how work is cut into CTAs, in the very code that the kernel uses.
+
+csrc/etap_mla_partition.h is plain C++; it is compiled with the system's compiler and called through
+ctypes. The walk from positions on the line of tiles to requests is modelled here.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+TOKEN_TILE = 64
+MAX_TILES = 2**31 - 1
+
+WRAPPER = """
+#include "etap_mla_partition.h"
+extern "C" void cut(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
+                    int32_t* begins, int32_t* ends) {
+  auto const partition = etap::make_partition(total, row_tiles, longest, num_ctas);
+  for (int32_t cta = 0; cta < num_ctas; ++cta) {
+    auto const range = partition.range(cta);
+    begins[cta] = range.begin;
+    ends[cta] = range.end;
+  }
+}
+extern "C" int32_t cta_of(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
+                          int32_t position) {
+  return etap::make_partition(total, row_tiles, longest, num_ctas).cta_of(position);
+}
+extern "C" int32_t add(int32_t a, int32_t b) { return etap::saturating_add(a, b); }
+extern "C" int32_t multiply(int32_t a, int32_t b) { return etap::saturating_multiply(a, b); }
+"""
+
+
+@pytest.fixture(scope="module")
+def partition(tmp_path_factory):
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    directory = tmp_path_factory.mktemp("partition")
+    source, library = directory / "partition.cpp", directory / "partition.so"
+    source.write_text(WRAPPER)
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fsanitize=undefined", "-fPIC", "-shared"]
+    flags.append("-fno-sanitize-recover=all")
+    subprocess.run([compiler, *flags, f"-I{CSRC}", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def cut(partition, total, row_tiles, longest, num_ctas):
+    """Ranges of all CTAs."""
+    begins, ends = (np.zeros(num_ctas, dtype=np.int32) for _ in range(2))
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (begins, ends)]
+    partition.cut(total, row_tiles, longest, num_ctas, *pointers)
+    return begins.tolist(), ends.tolist()
+
+
+def token_tiles(length):
+    return max(-(-length // TOKEN_TILE), 1)  # an empty request is one empty tile
+
+
+batches = st.lists(
+    st.tuples(st.integers(0, 5000), st.integers(0, 5)), min_size=1, max_size=40
+) | st.tuples(st.integers(1, 300), st.integers(0, 20000), st.integers(1, 3)).map(
+    lambda same: [(same[1], same[2])] * same[0]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batch=batches, num_ctas=st.sampled_from([1, 2, 78, 114, 132, 144]))
+@example(batch=[(65536, 1)] * 16, num_ctas=132)
+@example(batch=[(512, 1)] * 128, num_ctas=132)
+@example(batch=[(0, 1)] * 300, num_ctas=132)
+def test_every_tile_is_done_once_and_loads_are_even(partition, batch, num_ctas):
+    tiles = [token_tiles(length) for length, row_tiles in batch for _ in range(row_tiles)]
+    total, longest = sum(tiles), max(tiles, default=0)
+    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas)
+
+    busy = [(b, e) for b, e in zip(begins, ends, strict=True) if b < e]
+    assert begins[0] == 0
+    assert ends[-1] == total
+    assert all(b == e for b, e in zip(begins[1:], ends[:-1], strict=True))  # no gap, no overlap
+    loads = [e - b for b, e in busy]
+    even = -(-total // num_ctas)
+    is_uniform = total == len(tiles) * longest
+    if loads and not (is_uniform and len(tiles) > num_ctas):
+        assert max(loads) - min(loads) <= 1
+    # Whole row tiles for a CTA: the last one may have fewer of them.
+    assert not loads or max(loads) <= even + even // 16
+    if not is_uniform and total >= num_ctas:
+        assert len(busy) == num_ctas
+
+    for cta, (begin, end) in enumerate(busy):
+        for position in {begin, (begin + end) // 2, end - 1}:
+            arguments = (total, max(len(tiles), 1), longest, num_ctas, position)
+            assert partition.cta_of(*arguments) == cta
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "longest", "parts"),
+    [(16, 1024, 8), (128, 8, 1), (128, 64, 1), (64, 64, 2), (1, 128, 128), (16, 8, 8)],
+)
+def test_equal_requests_are_cut_alike(partition, row_tiles, longest, parts):
+    begins, ends = cut(partition, row_tiles * longest, row_tiles, longest, 132)
+    starts = {begin for begin, end in zip(begins, ends, strict=True) if begin < end}
+    assert len(starts) == row_tiles * parts
+    assert all(row_tile * longest in starts for row_tile in range(row_tiles))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 1500), min_size=1, max_size=8),
+    num_ctas=st.sampled_from([1, 3, 132]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_merging_the_parts_is_exact(partition, lengths, num_ctas, seed):
+    """Parts with their own maxima, merged as the kernel does, give softmax over all tokens."""
+    random = np.random.default_rng(seed)
+    tiles = [token_tiles(length) for length in lengths]
+    begins, ends = cut(partition, sum(tiles), len(tiles), max(tiles), num_ctas)
+    row_tile_begin = 0
+    for length, row_tile_tiles in zip(lengths, tiles, strict=True):
+        scores = random.normal(scale=20, size=length)
+        values = random.normal(size=(length, 3))
+        parts = []
+        for begin, end in zip(begins, ends, strict=True):
+            first = max(begin, row_tile_begin) - row_tile_begin
+            last = min(end, row_tile_begin + row_tile_tiles) - row_tile_begin
+            if first < last:
+                own = slice(first * TOKEN_TILE, min(last * TOKEN_TILE, length))
+                own_max = scores[own].max(initial=-np.inf)
+                weights = np.exp2(scores[own] - (0 if np.isneginf(own_max) else own_max))
+                parts.append((own_max, weights.sum(), weights @ values[own]))
+        row_tile_begin += row_tile_tiles
+
+        merged_max = max(part_max for part_max, _, _ in parts)
+        safe_max = 0 if np.isneginf(merged_max) else merged_max
+        factors = [np.exp2(part_max - safe_max) for part_max, _, _ in parts]
+        total = sum(f * part_sum for f, (_, part_sum, _) in zip(factors, parts, strict=True))
+        out = sum(f * part_out for f, (_, _, part_out) in zip(factors, parts, strict=True))
+        if length == 0:
+            assert total == 0
+            assert not out.any()
+            continue
+        expected = np.exp2(scores - scores.max())
+        np.testing.assert_allclose(out / total, expected @ values / expected.sum(), rtol=1e-12)
+        np.testing.assert_allclose(
+            safe_max + np.log2(total), scores.max() + np.log2(expected.sum()), rtol=1e-12
+        )
+
+
+@given(a=st.integers(0, MAX_TILES), b=st.integers(0, MAX_TILES))
+def test_counts_saturate_instead_of_wrapping(partition, a, b):
+    assert partition.add(a, b) == min(a + b, MAX_TILES)
+    assert partition.multiply(a, b) == min(a * b, MAX_TILES)
