@@ -96,13 +96,13 @@ CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy) {
   cuuint64_t const strides[2] = {row_stride * sizeof(DType), page_stride * sizeof(DType)};
   cuuint32_t const box[3] = {kBoxColumns, cuuint32_t(rows_per_copy), 1};
   cuuint32_t const element_strides[3] = {1, 1, 1};
+  // Promotion to 256 bytes reads parts of tokens twice: 7 % slower at 16 x 64K (scripts/TUNING.md).
+  auto const promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   CUtensorMap map;
   CUresult const status =
       tensor_map_encoder()(&map, type, 3, pool.data_ptr(), sizes, strides, box, element_strides,
-                           // Promotion to 256 bytes reads parts of tokens twice: 7 % slower at 16 x
-                           // 64K (scripts/TUNING.md).
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TVM_FFI_CHECK(status == CUDA_SUCCESS, ValueError)
       << "no tensor map for a cache of shape [" << pool.size(0) << ", " << pool.size(1) << ", "
       << pool.size(2) << "] with strides [" << pool.stride(0) << ", " << pool.stride(1)

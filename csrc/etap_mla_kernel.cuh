@@ -7,11 +7,12 @@
  *                   each row tile:   Q [row tile x 576] -> shared memory
  *   math warpgroup g = 0, 1, for each token tile t:
  *     t % 2 == g:   S^T = K Q^T, box by box as they arrive
- *                   m = max(m, S^T over tokens); P^T = 2^(S^T - m) = high + low -> shared memory
- *     both:         O^T[half g] = 2^(m_old - m) O^T[half g] + V^T[half g] P^T   (256 columns of
- * d_v) end of segment  sum l over warps and warpgroups; O^T / l transposed -> out, or O^T, m, l in
- * fp32 -> workspace if other CTAs share the row tile merge kernel    (etap_mla_merge.cuh) joins
- * what CTAs left in the workspace.
+ *                   m = max(m, S^T over tokens)
+ *                   P^T = 2^(S^T - m) = high + low part -> shared memory
+ *     both:         O^T[g] = 2^(m_old - m) O^T[g] + V^T[g] P^T, where [g] is half of d_v
+ *   end of segment: sum l over warps and warpgroups; O^T / l transposed -> out,
+ *                   or O^T, m, l in fp32 -> workspace if other CTAs share the row tile
+ *   merge kernel:   (etap_mla_merge.cuh) joins what CTAs left in the workspace
  */
 #pragma once
 
@@ -187,8 +188,9 @@ class MathWarpgroup {
   // Running maximum of this thread's row i, with and without the current tile. Three slots take
   // turns, so that one warpgroup can write the next tile's while the other still reads these.
   __device__ float row_max(int32_t i) const { return shared_.row_max[max_slot_][row(i)]; }
+  __device__ uint32_t previous_max_slot() const { return max_slot_ == 0 ? 2 : max_slot_ - 1; }
   __device__ float old_max(int32_t i) const {
-    return is_first_tile_ ? -INFINITY : shared_.row_max[max_slot_ == 0 ? 2 : max_slot_ - 1][row(i)];
+    return is_first_tile_ ? -INFINITY : shared_.row_max[previous_max_slot()][row(i)];
   }
 
   __device__ float raised_max(int32_t i) const {
@@ -355,7 +357,7 @@ class MathWarpgroup {
   __device__ void write_statistics(bool is_whole, int32_t slot) const {
     int32_t const row_of_tile = threadIdx.x;
     if (row_of_tile >= kRowTile) return;
-    float const max = shared_.row_max[max_slot_ == 0 ? 2 : max_slot_ - 1][row_of_tile];
+    float const max = shared_.row_max[previous_max_slot()][row_of_tile];
     float const sum = total_sum(row_of_tile);
     if (!is_whole) {
       params_.partial_ml[slot * kRowTile + row_of_tile] = make_float2(max, sum);

@@ -3,8 +3,8 @@
  *
  * Joins the parts of row tiles that several CTAs of the attention kernel shared:
  *
- *   M = max m_p,  L = sum 2^(m_p - M) l_p,  w_p = 2^(m_p - M) / L,  O = sum w_p O_p,  LSE = M +
- * log2 L
+ *   M = max m_p,  L = sum 2^(m_p - M) l_p,  w_p = 2^(m_p - M) / L
+ *   O = sum w_p O_p,  LSE = M + log2 L
  *
  * A unit is one accumulator fragment of a warp (16 columns of d_v x 8 rows). A CTA joins 1 to 8
  * neighbouring units, all of the same 8 rows: it finds the w_p of these rows once, then its warps
@@ -56,8 +56,8 @@ class Merge {
 
   __device__ void run(int32_t num_ctas) {
     int32_t const num_units = list_split_row_tiles(num_ctas) * kUnitsPerRowTile;
-    int32_t log_units =
-        0;  // units a CTA joins at once: the fewest that leave none to a second round
+    // Units that a CTA joins at once: the fewest that leave none to a second round.
+    int32_t log_units = 0;
     while (log_units < 3 && num_units > int32_t(gridDim.x) << log_units) ++log_units;
     for (int32_t first = blockIdx.x << log_units; first < num_units;
          first += gridDim.x << log_units) {

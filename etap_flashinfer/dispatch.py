@@ -10,6 +10,7 @@ HEAD_DIM_KPE = 64
 MAX_NUM_HEADS = 128
 DTYPES = (torch.bfloat16, torch.float16)
 ROW_TILES = (8, 16, 32, 64)
+KvLoader = Literal["tma", "gather"]
 HOPPER = (9, 0)
 
 # The kernel's token tile, and the fewest rows of one page that a TMA copy box may hold.
@@ -42,7 +43,7 @@ def choose_row_tile(num_heads: int, query_len: int) -> int:
     return ROW_TILES[-1]
 
 
-def choose_kv_loader(page_size: int) -> Literal["tma", "gather"]:
+def choose_kv_loader(page_size: int) -> KvLoader:
     """Choose how the kernel reads the cache.
 
     TMA copies boxes of ``gcd(page_size, 64)`` tokens of one page, of at least 8 tokens each; every

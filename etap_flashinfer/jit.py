@@ -22,16 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
+from .dispatch import HOPPER, ROW_TILES, KvLoader
+
 AOT_DIR_ENV = "ETAP_FLASHINFER_AOT_DIR"
 AOT_MANIFEST = "manifest.json"
-
-KvLoader = Literal["tma", "gather"]
-ROW_TILES = (8, 16, 32, 64)
-HOPPER = (9, 0)
 
 _SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CPP_DTYPES = {torch.bfloat16: "cutlass::bfloat16_t", torch.float16: "cutlass::half_t"}
