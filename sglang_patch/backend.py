@@ -148,9 +148,7 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
         else:
             self._fill(index, forward_batch, seq_lens, self._verified_tokens(forward_mode))
 
-    def init_forward_metadata_out_graph(
-        self, forward_batch: Any, in_capture: bool = False
-    ) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Fill the index tensors that a captured graph reads, before capture and each replay."""
         forward_mode = forward_batch.forward_mode
         if not _is_served(forward_mode):
@@ -263,7 +261,9 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
         Parameters and result are those of :meth:`forward_decode`.
         """
         forward = (
-            self.forward_decode if _is_served(forward_batch.forward_mode) else super().forward_extend
+            self.forward_decode
+            if _is_served(forward_batch.forward_mode)
+            else super().forward_extend
         )
         return forward(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope)
 
@@ -349,9 +349,7 @@ class EtapMultiStepDraftBackend:
             index = self._eager_index = self._make_index(1 << max(batch_size - 1, 0).bit_length())
         self._fill(index, forward_batch)
 
-    def init_forward_metadata_out_graph(
-        self, forward_batch: Any, in_capture: bool = False
-    ) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Fill the index tensors that the captured steps read."""
         assert self._graph_index is not None, "init_cuda_graph_state was not called"
         self._fill(self._graph_index, forward_batch)

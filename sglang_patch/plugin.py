@@ -94,9 +94,7 @@ def _create_draft_backend(
         _prepare_models()
         backend: Any
         if is_multi_step:
-            backend = EtapMultiStepDraftBackend(
-                runner, factory.topk, factory.speculative_num_steps
-            )
+            backend = EtapMultiStepDraftBackend(runner, factory.topk, factory.speculative_num_steps)
         else:
             backend = EtapMLABackend(runner, skip_prefill=False)
         # Since 0.5.18 an entry also says under which name the backend runs.
