@@ -188,6 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     # A hang ends with every thread's stack.
     faulthandler.dump_traceback_later(options.time_budget + 30, exit=True)
+    plugin.ensure_discoverable()
     tests = [t for t in Kit(options.backend).tests(options.page_sizes) if t.part in options.parts]
     print(
         f"[{time.monotonic() - start:6.1f} s] {len(tests)} tests of {options.backend}", flush=True
