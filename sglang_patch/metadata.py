@@ -24,7 +24,7 @@ class EtapMetadata:
     query_len: int
 
 
-@triton.jit(do_not_specialize=["added_tokens"])
+@triton.jit(do_not_specialize=["added_tokens"])  # type: ignore[untyped-decorator]
 def _fill_kernel(  # type: ignore[no-untyped-def]
     req_to_token,
     req_pool_indices,
