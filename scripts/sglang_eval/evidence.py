@@ -12,7 +12,31 @@ from typing import Any
 from decode_bench import evidence
 
 SECTIONS = ("kit", "compare", "bench")
+BENCH_KEYS = ("step_ms", "tokens_per_s", "gpu_us", "attention_us")
 TOP_KEYS = ("csrc_sha256", "device", "versions", "date")
+
+
+def schema_errors(content: dict[str, Any]) -> list[str]:
+    """What is wrong with an evidence file, one line each; empty when it keeps to the schema."""
+    errors = [f"{key} is missing" for key in TOP_KEYS if key not in content]
+    for name in SECTIONS:
+        section = content.get(name, {})
+        errors += [
+            f"{name}: {key} is missing"
+            for key in ("date", "command")
+            if section and key not in section
+        ]
+    for index, case in enumerate(content.get("bench", {}).get("cases", [])):
+        for key in ("batch", "context", "backends"):
+            if key not in case:
+                errors.append(f"bench: case {index}: {key} is missing")
+        for name, figures in case.get("backends", {}).items():
+            errors += [
+                f"bench: case {index}: {name} has no {key}"
+                for key in BENCH_KEYS
+                if key not in figures
+            ]
+    return errors
 
 
 def update(path: pathlib.Path | None, section: str, content: dict[str, Any]) -> pathlib.Path:

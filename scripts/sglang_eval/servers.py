@@ -18,6 +18,7 @@ from typing import Any
 
 START = time.monotonic()
 LOG_LINES = 40
+STOP_SECONDS = 10.0
 
 
 def log(text: str) -> None:
@@ -143,7 +144,7 @@ class Server:
             except ProcessLookupError:
                 break
             try:
-                self.process.wait(timeout=10)
+                self.process.wait(timeout=STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 continue
         # Schedulers may outlive the parent that answered SIGTERM.
