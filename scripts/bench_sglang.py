@@ -79,7 +79,6 @@ def model_config(layers: int) -> dict[str, Any]:
 
 def worker_command(options: argparse.Namespace, backend: str, cases: pathlib.Path) -> list[str]:
     longest = max(options.contexts) + 2 * K
-    worker = pathlib.Path(__file__).parent / "sglang_eval" / "bench_worker.py"
     values = {
         "--model-path": options.work / "model",
         "--load-format": "dummy",
@@ -98,7 +97,7 @@ def worker_command(options: argparse.Namespace, backend: str, cases: pathlib.Pat
     }
     flags = ["--skip-tokenizer-init", "--disable-flashinfer-autotune", "--disable-radix-cache"]
     flags.append("--disable-prefill-cuda-graph")
-    command = [sys.executable, str(worker), *flags]
+    command = [sys.executable, "-m", "sglang_eval.bench_worker", *flags]
     command += [str(part) for pair in values.items() for part in pair]
     command += ["--batches", *map(str, options.batches)]
     return [*command, "--contexts", *map(str, options.contexts)]

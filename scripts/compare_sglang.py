@@ -21,6 +21,7 @@ import pathlib
 import sys
 import tempfile
 import time
+import traceback
 from typing import Any
 
 import make_tiny_checkpoint
@@ -288,7 +289,11 @@ def main(arguments: list[str] | None = None) -> int:
             comparison.problem(f"{part}: not run, the time budget was spent")
             continue
         log(f"part {part}")
-        functions[part](comparison)
+        try:
+            functions[part](comparison)
+        except Exception as error:  # the other parts' findings are not to be lost
+            traceback.print_exc()
+            comparison.problem(f"{part}: {type(error).__name__}: {error}")
     content = {"tp": options.tp, "problems": comparison.problems, **comparison.found}
     print(f"written: {evidence.update(options.out, 'compare', content)}")
     for problem in comparison.problems:

@@ -48,6 +48,20 @@ def test_a_token_that_the_other_thinks_impossible_is_an_infinite_gap():
     assert not compare_sglang.is_within(found, Difference(worst_gap=5.0, worst_logprob=5.0))
 
 
+def test_without_logprobs_the_other_answer_says_the_gap():
+    silent = Answer([5, 8], [], [])
+    spoken = answer([5, 6], [-0.5, -1.0], [{5: -0.5}, {6: -1.0, 8: -1.3}])
+    for pair in ((silent, spoken), (spoken, silent)):
+        found = workload.difference([pair[0]], [pair[1]])
+        assert found.worst_gap == pytest.approx(0.3)
+        assert found.compared_tokens == 1
+
+
+def test_answers_of_unequal_length_differ():
+    found = workload.difference([answer([5], [-0.5])], [answer([5, 6], [-0.5, -1.0])])
+    assert found.worst_gap == float("inf")
+
+
 def test_nothing_compared_is_not_agreement():
     assert not compare_sglang.is_within(Difference(), Difference(worst_logprob=1.0))
     total = compare_sglang.total_difference({}, {"short": []})

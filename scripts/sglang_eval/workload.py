@@ -19,9 +19,15 @@ class Answer:
     """What a server generated for one prompt."""
 
     tokens: list[int]
-    logprobs: list[float]
-    top: list[dict[int, float]]  # token -> log-probability, of the TOP most likely
+    logprobs: list[float]  # empty if the server gave none
+    top: list[dict[int, float]]  # token -> log-probability, of the TOP most likely; or empty
     accept_length: float | None = None
+
+    def gap_to(self, step: int, other_token: int) -> float:
+        """How much likelier this answer's token was than another; infinite if not in ``top``."""
+        if not self.top:
+            return 0.0  # unknown here: the other answer's own gap decides
+        return self.logprobs[step] - self.top[step].get(other_token, float("-inf"))
 
 
 def prompt(seed: str, length: int) -> list[int]:
@@ -38,12 +44,15 @@ def answer_of(server: Server, tokens: list[int], new_tokens: int, timeout: float
         "logprob_start_len": -1,
         "top_logprobs_num": TOP,
     }
-    meta = server.post("/generate", body, timeout)["meta_info"]
-    pairs = meta["output_token_logprobs"]
+    reply = server.post("/generate", body, timeout)
+    meta = reply["meta_info"]
+    # With speculative decoding a version may leave log-probabilities out, but never tokens.
+    pairs = meta.get("output_token_logprobs") or []
+    tops = meta.get("output_top_logprobs") or []
     return Answer(
-        [int(entry[1]) for entry in pairs],
+        [int(token) for token in reply.get("output_ids") or [entry[1] for entry in pairs]],
         [float(entry[0]) for entry in pairs],
-        [{int(e[1]): float(e[0]) for e in entry or ()} for entry in meta["output_top_logprobs"]],
+        [{int(e[1]): float(e[0]) for e in entry or ()} for entry in tops],
         meta.get("spec_accept_length"),
     )
 
@@ -141,20 +150,19 @@ def difference(first: list[Answer], second: list[Answer]) -> Difference:
     """
     total = Difference(requests=len(first))
     for one, other in zip(first, second, strict=True):
-        steps = zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=True)
-        for step, (token, other_token, logprob, other_logprob) in enumerate(steps):
-            if token == other_token:
-                total.worst_logprob = max(total.worst_logprob, abs(logprob - other_logprob))
-                total.compared_tokens += 1
-                continue
-            nothing = float("-inf")
-            gap = max(
-                logprob - one.top[step].get(other_token, nothing),
-                other_logprob - other.top[step].get(token, nothing),
-            )
-            total.worst_gap = max(total.worst_gap, gap)
-            total.diverged += 1
-            break
+        if len(one.tokens) != len(other.tokens):
+            total.worst_gap = float("inf")  # both were asked for as many, whatever they choose
+        has_logprobs = bool(one.logprobs and other.logprobs)
+        for step, (token, other_token) in enumerate(zip(one.tokens, other.tokens, strict=False)):
+            if token != other_token:
+                gap = max(one.gap_to(step, other_token), other.gap_to(step, token))
+                total.worst_gap = max(total.worst_gap, gap)
+                total.diverged += 1
+                break
+            total.compared_tokens += 1
+            if has_logprobs:
+                apart = abs(one.logprobs[step] - other.logprobs[step])
+                total.worst_logprob = max(total.worst_logprob, apart)
     return total
 
 
