@@ -88,51 +88,82 @@ def worker_command(options: argparse.Namespace, backend: str, cases: pathlib.Pat
         "--context-length": longest,
         "--max-total-tokens": max(options.batches) * longest,
         "--max-running-requests": max(options.batches),
-        "--cuda-graph-max-bs": max(options.batches),
+        "--cuda-graph-max-bs-decode": max(options.batches),
         "--mem-fraction-static": 0.88,
         "--random-seed": 0,
         "--cases-file": cases,
         "--steps": options.steps,
-        "--end": time.time() + options.backend_budget,
     }
     flags = ["--skip-tokenizer-init", "--disable-flashinfer-autotune", "--disable-radix-cache"]
     flags.append("--disable-prefill-cuda-graph")
     command = [sys.executable, "-m", "sglang_eval.bench_worker", *flags]
     command += [str(part) for pair in values.items() for part in pair]
-    command += ["--batches", *map(str, options.batches)]
+    for name in ("--batches", "--cuda-graph-bs-decode"):
+        command += [name, *map(str, options.batches)]
     return [*command, "--contexts", *map(str, options.contexts)]
 
 
-def run_backend(options: argparse.Namespace, backend: str) -> dict[str, Any] | None:
-    """Run one backend's process; its cases, or None if there are none."""
-    cases = options.work / f"cases.{backend}.json"
-    cases.unlink(missing_ok=True)
-    log_path = options.work / f"bench.{backend}.log"
-    log(f"{backend}: starting, log in {log_path}")
-    with open(log_path, "w") as output:
-        process = subprocess.Popen(
-            worker_command(options, backend, cases),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment(options.work),
-            start_new_session=True,
-        )
+class Worker:
+    """One backend's process. It starts at once, and takes the GPU when told to."""
+
+    def __init__(self, options: argparse.Namespace, backend: str) -> None:
+        self.backend = backend
+        self.cases = options.work / f"cases.{backend}.json"
+        self.cases.unlink(missing_ok=True)
+        self.log_path = options.work / f"bench.{backend}.log"
+        with open(self.log_path, "w") as output:
+            self.process = subprocess.Popen(
+                worker_command(options, backend, self.cases),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment(options.work),
+                start_new_session=True,
+            )
+        log(f"{backend}: importing, log in {self.log_path}")
+
+    def run(self, seconds: float) -> dict[str, Any] | None:
+        """Let it measure for so long; its cases, or None if there are none."""
+        log(f"{self.backend}: {seconds:.0f} s to measure")
+        status: int | str
         try:
-            status: int | str = process.wait(timeout=options.backend_budget + 45)
+            # A case in progress may take a little longer than the time it was given.
+            self.process.communicate(f"{time.time() + seconds - 10}\n", timeout=seconds)
+            status = self.process.returncode
         except subprocess.TimeoutExpired:
             status = "none: out of time"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if status != 0 or not cases.exists():
-        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-30:])
-        log(f"PROBLEM: {backend}: status {status}\n{tail}")
-    if not cases.exists():
-        return None
-    found: dict[str, Any] = json.loads(cases.read_text())
-    log(f"{backend}: {found['class']}, page size {found['page_size']}, {len(found['cases'])} cases")
+        self.stop()
+        if status != 0 or not self.cases.exists():
+            tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-30:])
+            log(f"PROBLEM: {self.backend}: status {status}\n{tail}")
+        if not self.cases.exists():
+            return None
+        found: dict[str, Any] = json.loads(self.cases.read_text())
+        cases = len(found["cases"])
+        log(f"{self.backend}: {found['class']}, page size {found['page_size']}, {cases} cases")
+        return found
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def run_all(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run the backends one after another, each with an equal share of the time that is left."""
+    end = time.monotonic() + options.time_budget
+    workers = [Worker(options, backend) for backend in options.backends]
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for index, worker in enumerate(workers):
+            share = (end - time.monotonic()) / (len(workers) - index)
+            content = worker.run(max(share, 1.0))
+            if content is not None:
+                found[worker.backend] = content
+    finally:
+        for worker in workers:
+            worker.stop()
     return found
 
 
@@ -174,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--contexts", nargs="+", type=int, default=(4 * K, 32 * K, 64 * K))
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--steps", type=int, default=33)
-    parser.add_argument("--backend-budget", type=float, default=110.0, help="seconds each (110)")
+    parser.add_argument("--time-budget", type=float, default=300.0, help="seconds in all (300)")
     parser.add_argument("--work", type=pathlib.Path, help="logs and caches; temporary if not given")
     parser.add_argument("--out", type=pathlib.Path, help="results/<gpu>/sglang.json")
     options = parser.parse_args(arguments)
@@ -183,11 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     (options.work / "model").mkdir(parents=True, exist_ok=True)
     config = model_config(options.layers)
     (options.work / "model" / "config.json").write_text(json.dumps(config))
-    found: dict[str, dict[str, Any]] = {}
-    for backend in options.backends:
-        content = run_backend(options, backend)
-        if content is not None:
-            found[backend] = content
+    found = run_all(options)
     cases = merged(found)
     print(table(cases, list(found)))
     if not cases:

@@ -6,9 +6,9 @@
     python scripts/compare_sglang.py --parts eagle
     python scripts/compare_sglang.py --tp 2 --parts plain      on two GPUs
 
-All servers of a part run at the same time, on a tiny DeepSeek-V3 whose outputs depend on attention
+All servers run at the same time, on a tiny DeepSeek-V3 whose outputs depend on attention
 (make_tiny_checkpoint.py). Each gets short, context-dependent, shared-prefix, 64 concurrent and
-longer than 32K requests, before and after some are aborted. Greedy tokens and log-probabilities of
+longer than 32K requests; etap also after some are aborted. Greedy tokens and log-probabilities of
 etap must be as close to each of SGLang's backends as those are among themselves, and a server
 whose etap forgets one token must not be.
 """
@@ -16,6 +16,7 @@ whose etap forgets one token must not be.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import itertools
 import pathlib
 import sys
@@ -29,6 +30,8 @@ from sglang_eval import broken, evidence, plugin, workload
 from sglang_eval.servers import START, Server, ServerError, log, running
 from sglang_eval.workload import Answer, Difference
 
+Answers = dict[str, list[Answer]]  # by the group's name
+
 PARTS = ("plain", "eagle", "pages")
 PEERS = ("flashmla", "flashinfer", "triton")
 EAGLE = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3")
@@ -37,6 +40,8 @@ EAGLE += ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"
 FACTOR, FLOOR = 1.5, 0.05
 # The control must differ by this much more than allowed.
 CONTROL_FACTOR = 3.0
+# Of the time, what servers may take to start.
+START_SHARE = 0.6
 
 
 def server_arguments(model: pathlib.Path, backend: str, tp: int) -> list[str]:
@@ -59,6 +64,7 @@ def server_arguments(model: pathlib.Path, backend: str, tp: int) -> list[str]:
         "--skip-tokenizer-init",
         "--disable-custom-all-reduce",
         "--disable-flashinfer-autotune",
+        "--sleep-on-idle",  # a dozen servers that spin would slow each other down
     ]
     pairs = [str(part) for pair in values.items() for part in pair]
     return [*pairs, *flags]
@@ -85,25 +91,28 @@ class Comparison:
     def left(self) -> float:
         return max(5.0, self.deadline - time.monotonic())
 
-    def ask(self, server: Server) -> dict[str, list[Answer]]:
+    def ask(self, server: Server) -> Answers:
         """All groups' answers, as far as the server gives them."""
-        answers: dict[str, list[Answer]] = {}
+        answers: Answers = {}
         try:
             for group in self.groups:
                 answers[group.name] = workload.run(server, group, self.left())
-        except ServerError as error:
-            self.problem(f"{server.name}: no answers: {error}")
+        except Exception as error:  # the other servers' answers are not to be lost
+            self.problem(f"{server.name}: no answers: {type(error).__name__}: {error}")
         return answers
 
     def problem(self, text: str) -> None:
         self.problems.append(text.splitlines()[0])
         log(f"PROBLEM: {text}")
 
-    def ask_all(self, servers: dict[str, Server]) -> dict[str, dict[str, list[Answer]]]:
-        return {name: self.ask(server) for name, server in servers.items()}
+    def ask_all(self, servers: dict[str, Server]) -> dict[str, Answers]:
+        """Ask all servers at the same time."""
+        with concurrent.futures.ThreadPoolExecutor(max(len(servers), 1)) as pool:
+            pending = {name: pool.submit(self.ask, server) for name, server in servers.items()}
+            return {name: answers.result() for name, answers in pending.items()}
 
 
-def total_difference(first: dict[str, list[Answer]], second: dict[str, list[Answer]]) -> Difference:
+def total_difference(first: Answers, second: Answers) -> Difference:
     total = Difference()
     for name in first.keys() & second.keys():
         total.add(workload.difference(first[name], second[name]))
@@ -132,21 +141,28 @@ def check_context(comparison: Comparison, name: str, answers: list[Answer]) -> N
         comparison.problem(f"{name}: outputs do not depend on the context")
 
 
-def plain(comparison: Comparison) -> None:
-    """etap, a broken etap and SGLang's backends, all requests, some aborted in between."""
-    options = comparison.options
-    control = broken.write_distribution(options.work / "control")
-    peers = [name for name in options.peers if name != "etap"]
-    servers = [comparison.start(name, name) for name in ("etap", *peers)]
-    paths = f"{control}:{environment_path()}"
-    servers.append(comparison.start("broken", "etap", PYTHONPATH=paths))
-    with running(servers, comparison.deadline) as ready:
-        for name in {server.name for server in servers} - ready.keys():
-            comparison.problem(f"{name}: did not start")
-        answers = comparison.ask_all(ready)
-        judge_plain(comparison, answers)
-        if "etap" in ready:
-            again_after_abort(comparison, ready["etap"], answers["etap"])
+def servers_of(comparison: Comparison) -> list[Server]:
+    """Start etap, which every part compares with, and what the parts asked for need besides."""
+    options, parts = comparison.options, comparison.options.parts
+    servers = [comparison.start("etap", "etap")]
+    if "plain" in parts:
+        servers += [comparison.start(name, name) for name in options.peers]
+        control = broken.write_distribution(options.work / "control")
+        paths = f"{control}:{environment_path()}"
+        servers.append(comparison.start("broken", "etap", PYTHONPATH=paths))
+    if "eagle" in parts:
+        servers += [
+            comparison.start(f"{name}_eagle", name, *EAGLE) for name in ("etap", "flashmla")
+        ]
+    if "pages" in parts:
+        servers += [
+            comparison.start(f"etap_page{size}", "etap", "--page-size", str(size))
+            for size in (1, 16, 32)
+        ]
+        decode_only = ["--decode-attention-backend", "etap"]
+        decode_only += ["--prefill-attention-backend", "triton"]
+        servers.append(comparison.start("etap_decode_only", "triton", *decode_only))
+    return servers
 
 
 def environment_path() -> str:
@@ -156,8 +172,9 @@ def environment_path() -> str:
     return environment(pathlib.Path("."))["PYTHONPATH"]
 
 
-def judge_plain(comparison: Comparison, answers: dict[str, dict[str, list[Answer]]]) -> None:
-    peers = [name for name in answers if name not in ("etap", "broken")]
+def judge_plain(comparison: Comparison, answers: dict[str, Answers]) -> None:
+    """etap and a broken etap against SGLang's backends."""
+    peers = [name for name in comparison.options.peers if name in answers]
     among = Difference()
     for first, second in itertools.combinations(peers, 2):
         found = total_difference(answers[first], answers[second])
@@ -180,23 +197,28 @@ def judge_plain(comparison: Comparison, answers: dict[str, dict[str, list[Answer
                 comparison.problem(f"the comparison with {name} does not notice a broken backend")
     if len(peers) < 2:
         comparison.problem("fewer than two of SGLang's backends ran: nothing to compare with")
-    for name, found_answers in answers.items():
-        if "context" in found_answers:
-            check_context(comparison, name, found_answers["context"])
+    for name in ("etap", *peers):
+        if "context" in answers[name]:
+            check_context(comparison, name, answers[name]["context"])
     comparison.found["plain"] = results
 
 
-def again_after_abort(
-    comparison: Comparison, server: Server, before: dict[str, list[Answer]]
-) -> None:
-    """Abort running requests; what is asked afterwards must be answered as before."""
+def abort_and_ask(comparison: Comparison, server: Server) -> tuple[int, Answers]:
+    """Abort requests while they run, and ask again; how many were aborted, and the answers."""
     try:
         aborted = workload.abort_some(server, comparison.left())
-        after = {g.name: workload.run(server, g, comparison.left()) for g in comparison.groups[:3]}
+        groups = comparison.groups[:3]
+        return aborted, {g.name: workload.run(server, g, comparison.left()) for g in groups}
     except ServerError as error:
         comparison.problem(f"abort: {error}")
-        return
-    found = total_difference({name: before[name] for name in after if name in before}, after)
+        return 0, {}
+
+
+def judge_after_abort(
+    comparison: Comparison, aborted: int, before: Answers, after: Answers
+) -> None:
+    """What is asked after an abort must be answered as before."""
+    found = total_difference(before, after)
     report(f"etap before and after {aborted} aborted requests", found)
     comparison.found["after_abort"] = {"aborted": aborted, **workload.as_json(found)}
     if aborted == 0:
@@ -205,30 +227,22 @@ def again_after_abort(
         comparison.problem("etap answers otherwise after requests were aborted")
 
 
-def eagle(comparison: Comparison) -> None:
+def judge_eagle(comparison: Comparison, answers: dict[str, Answers]) -> None:
     """EAGLE with the MTP layer: the same tokens as without, and drafts that are accepted."""
-    servers = [
-        comparison.start("etap_eagle", "etap", *EAGLE),
-        comparison.start("flashmla_eagle", "flashmla", *EAGLE),
-        comparison.start("etap_alone", "etap"),
-    ]
-    with running(servers, comparison.deadline) as ready:
-        for name in {server.name for server in servers} - ready.keys():
-            comparison.problem(f"{name}: did not start")
-        answers = comparison.ask_all(ready)
     results: dict[str, Any] = {}
     allowed = comparison.among
-    if "flashmla_eagle" in answers and "etap_alone" in answers:
-        allowed = total_difference(answers["flashmla_eagle"], answers["etap_alone"])
+    if "flashmla_eagle" in answers:
+        allowed = total_difference(answers["flashmla_eagle"], answers["etap"])
         report("flashmla with EAGLE and etap without", allowed)
-    if "etap_eagle" in answers and "etap_alone" in answers:
-        found = total_difference(answers["etap_eagle"], answers["etap_alone"])
+        results["flashmla_eagle"] = workload.as_json(allowed)
+    if "etap_eagle" in answers:
+        found = total_difference(answers["etap_eagle"], answers["etap"])
         report("etap with EAGLE and without", found)
         results["etap_eagle"] = workload.as_json(found)
         if not is_within(found, allowed):
             comparison.problem("etap with EAGLE differs from etap without")
-    for name, found_answers in answers.items():
-        lengths = [a.accept_length for group in found_answers.values() for a in group]
+    for name in ("etap_eagle", "flashmla_eagle"):
+        lengths = [a.accept_length for group in answers.get(name, {}).values() for a in group]
         known = [length for length in lengths if length]
         if known:
             results[f"{name}_accept_length"] = round(sum(known) / len(known), 3)
@@ -239,27 +253,38 @@ def eagle(comparison: Comparison) -> None:
     comparison.found["eagle"] = results
 
 
-def pages(comparison: Comparison) -> None:
+def judge_pages(comparison: Comparison, answers: dict[str, Answers]) -> None:
     """Page sizes other than 64, and etap for decode only: the same answers as with 64."""
-    servers = [comparison.start("etap_page64", "etap")]
-    servers += [
-        comparison.start(f"etap_page{size}", "etap", "--page-size", str(size))
-        for size in (1, 16, 32)
-    ]
-    decode_only = ["--decode-attention-backend", "etap", "--prefill-attention-backend", "triton"]
-    servers.append(comparison.start("etap_decode_only", "triton", *decode_only))
-    with running(servers, comparison.deadline) as ready:
-        for name in {server.name for server in servers} - ready.keys():
-            comparison.problem(f"{name}: did not start")
-        answers = comparison.ask_all(ready)
     results = {}
-    for name in answers.keys() - {"etap_page64"}:
-        found = total_difference(answers[name], answers.get("etap_page64", {}))
-        report(f"{name} and etap_page64", found)
+    for name in answers.keys() & {*(f"etap_page{n}" for n in (1, 16, 32)), "etap_decode_only"}:
+        found = total_difference(answers[name], answers["etap"])
+        report(f"{name} and etap", found)
         results[name] = workload.as_json(found)
         if not is_within(found, comparison.among):
             comparison.problem(f"{name} differs from etap with pages of 64 tokens")
     comparison.found["pages"] = results
+
+
+# In this order: the first finds what the others are measured with.
+JUDGES = {"plain": judge_plain, "eagle": judge_eagle, "pages": judge_pages}
+
+
+def compare(comparison: Comparison) -> None:
+    """Start all servers, ask them, judge their answers part by part."""
+    servers = servers_of(comparison)
+    started_by = START + START_SHARE * comparison.options.time_budget
+    with running(servers, started_by) as ready:
+        for name in {server.name for server in servers} - ready.keys():
+            comparison.problem(f"{name}: did not start")
+        if "etap" not in ready:
+            return
+        answers = comparison.ask_all(ready)
+        aborted, after = abort_and_ask(comparison, ready["etap"])
+    for part, judge in JUDGES.items():
+        if part in comparison.options.parts:
+            log(f"part {part}")
+            judge(comparison, answers)
+    judge_after_abort(comparison, aborted, answers["etap"], after)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -283,17 +308,11 @@ def main(arguments: list[str] | None = None) -> int:
         make_tiny_checkpoint.write(model, seed=0)
         log(f"checkpoint in {model}")
     comparison = Comparison(options, model)
-    functions = {"plain": plain, "eagle": eagle, "pages": pages}
-    for part in options.parts:
-        if time.monotonic() > comparison.deadline:
-            comparison.problem(f"{part}: not run, the time budget was spent")
-            continue
-        log(f"part {part}")
-        try:
-            functions[part](comparison)
-        except Exception as error:  # the other parts' findings are not to be lost
-            traceback.print_exc()
-            comparison.problem(f"{part}: {type(error).__name__}: {error}")
+    try:
+        compare(comparison)
+    except Exception as error:  # what was found before is not to be lost
+        traceback.print_exc()
+        comparison.problem(f"{type(error).__name__}: {error}")
     content = {"tp": options.tp, "problems": comparison.problems, **comparison.found}
     print(f"written: {evidence.update(options.out, 'compare', content)}")
     for problem in comparison.problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -209,6 +210,32 @@ def test_backends_cases_are_merged():
     assert merged == [
         {"batch": 1, "context": 4, "backends": {"etap": {"step_ms": 1.0}, "fa3": {"step_ms": 2.0}}}
     ]
+
+
+def test_backends_measure_one_after_another_and_one_may_fail(tmp_path, monkeypatch):
+    program = tmp_path / "worker.py"
+    program.write_text(
+        "import json, sys, time\n"
+        "cases, backend = sys.argv[1:]\n"
+        "end = float(sys.stdin.readline())\n"
+        "assert backend != 'broken', 'out of luck'\n"
+        "found = {'class': backend, 'page_size': 64, 'cases': [], 'times': [time.time(), end]}\n"
+        "time.sleep(0.2)\n"
+        "open(cases, 'w').write(json.dumps(found | {'times': [*found['times'], time.time()]}))\n"
+    )
+    monkeypatch.setattr(
+        bench_sglang,
+        "worker_command",
+        lambda _, backend, cases: [sys.executable, str(program), str(cases), backend],
+    )
+    options = argparse.Namespace(
+        work=tmp_path, backends=["etap", "broken", "triton"], time_budget=60.0
+    )
+    found = bench_sglang.run_all(options)
+    assert list(found) == ["etap", "triton"]
+    first, second = (found[name]["times"] for name in found)
+    assert first[2] <= second[0]
+    assert time.time() < first[1] < second[1] < time.time() + 60
 
 
 def test_table_shows_every_backend_and_gaps():

@@ -100,7 +100,6 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, required=True)
     parser.add_argument("--contexts", nargs="+", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--end", type=float, required=True, help="time.time() to be done by")
     options = parser.parse_args()
     server_args = one_batch.ServerArgs.from_cli_args(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -109,6 +108,11 @@ def main() -> int:
     for initialize in ("moe_config", "fp8_gemm_config", "fp4_gemm_config"):
         getattr(one_batch, f"initialize_{initialize}")(server_args)
     one_batch.configure_logger(server_args, prefix="")
+    # Imports take as long as all that follows, so the next backend's process is started early.
+    line = sys.stdin.readline()
+    if not line:
+        return 1  # the parent is gone
+    end = float(line)
     port_args = one_batch.PortArgs.init_new(server_args)
     bench, _ = one_batch.load_model(server_args, port_args, 0, 0)
     runner = bench.torch_runner
@@ -136,7 +140,7 @@ def main() -> int:
         measure(options.batches[0], options.contexts[0], 8)  # warm up
         cases = []
         for batch, context in itertools.product(options.batches, options.contexts):
-            if time.time() > options.end:
+            if time.time() > end:
                 print("time is up", flush=True)
                 break
             found = measure(batch, context, options.steps)
