@@ -96,12 +96,28 @@ def _create_draft_backend(
         if is_multi_step:
             backend = EtapMultiStepDraftBackend(runner, factory.topk, factory.speculative_num_steps)
         else:
+            _allow_draft_extend_graph()
             backend = EtapMLABackend(runner, skip_prefill=False)
         # Since 0.5.18 an entry also says under which name the backend runs.
         is_stamped = "stamps_children" in inspect.signature(original).parameters
         return (BACKEND, backend) if is_stamped else backend
 
     return original(factory, backend_name, {**backend_map, BACKEND: make}, *arguments, **options)
+
+
+@functools.cache
+def _allow_draft_extend_graph() -> None:
+    """Let SGLang capture draft-extend in a CUDA graph, which it does for classes in a list only.
+
+    The list is local to a method. FlashMLA's backend is in it, which has the same parent and the
+    same contract; backends are abstract base classes, so another can be registered as one. Nothing
+    else in SGLang asks whether a backend is FlashMLA's.
+    """
+    from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
+
+    from .backend import EtapMLABackend
+
+    FlashMLABackend.register(EtapMLABackend)
 
 
 def create(runner: Any) -> Any:

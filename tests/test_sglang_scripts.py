@@ -15,7 +15,7 @@ import pytest
 import readme_tables
 import torch
 from sglang_eval import broken, evidence, servers, workload
-from sglang_eval.bench_worker import is_attention
+from sglang_eval.bench_worker import covered, is_attention
 from sglang_eval.workload import Answer, Difference
 
 K = 1024
@@ -105,6 +105,37 @@ def test_broken_plugin_is_found_on_the_path(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(broken.write_distribution(tmp_path)))
     points = importlib.metadata.entry_points(group="sglang.srt.plugins", name="etap_broken")
     assert [point.load() for point in points] == [broken.register]
+
+
+def judged(answers, peers=("flashmla", "triton", "flashinfer")) -> list[str]:
+    options = argparse.Namespace(peers=peers, quick=True, time_budget=1.0)
+    comparison = compare_sglang.Comparison(options, None)
+    comparison.groups = comparison.groups[:1]
+    compare_sglang.judge_plain(
+        comparison, {name: {"short": [found]} for name, found in answers.items()}
+    )
+    return comparison.problems
+
+
+def test_a_peer_that_is_far_from_all_does_not_widen_the_bounds():
+    answers = {
+        "flashmla": answer([5], [-0.50]),
+        "triton": answer([5], [-0.51]),
+        "flashinfer": answer([5], [-1.50]),
+        "etap": answer([5], [-0.52]),
+        "broken": answer([5], [-1.00]),
+    }
+    assert judged(answers) == []
+    assert judged(answers, ("flashmla",)) == [
+        "fewer than two of SGLang's backends ran: nothing to compare with"
+    ]
+    worse = answers | {"etap": answer([5], [-0.60])}
+    assert judged(worse) == [
+        "etap and flashmla differ more than SGLang's backends do",
+        "etap and triton differ more than SGLang's backends do",
+    ]
+    unnoticed = answers | {"broken": answer([5], [-0.52])}
+    assert judged(unnoticed) == ["the comparison with flashmla does not notice a broken backend"]
 
 
 # Servers
@@ -201,6 +232,11 @@ def test_attention_kernels_are_told_from_others():
         assert is_attention(name)
     for name in ("set_mla_kv_buffer_kernel", "_fill_kernel", "nvjet_tst_64x8", "fused_rope_kernel"):
         assert not is_attention(name)
+
+
+def test_kernels_that_overlap_are_counted_once():
+    assert covered([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (1.2, 1.4)]) == 3.5
+    assert covered([]) == 0.0
 
 
 def test_backends_cases_are_merged():

@@ -117,6 +117,7 @@ def test_draft_factory_makes_our_backends(plugin, monkeypatch, kind):
 
     monkeypatch.setattr(backend, "EtapMLABackend", lambda *a, **k: "single")
     monkeypatch.setattr(backend, "EtapMultiStepDraftBackend", lambda *a, **k: "multi-step")
+    monkeypatch.setattr(plugin, "_allow_draft_extend_graph", lambda: None)
     factory = DraftBackendFactory.__new__(DraftBackendFactory)
     factory.draft_model_runner = None
     factory.topk, factory.speculative_num_steps = 1, 3
@@ -134,3 +135,26 @@ def test_draft_factory_makes_our_backends(plugin, monkeypatch, kind):
     expected = "multi-step" if kind == "decode" else "single"
     assert made == (("etap", expected) if is_stamped else expected)
     assert "etap" not in theirs
+
+
+def test_draft_extend_may_be_captured(plugin, monkeypatch):
+    """SGLang asks for the class of a few backends; the check must be there, and find ours."""
+    import inspect
+    import sys
+    import unittest.mock
+
+    from sglang.srt.speculative import eagle_worker_v2
+
+    source = inspect.getsource(eagle_worker_v2)
+    assert "graph_supported_backend_types.append(FlashMLABackend)" in source
+    # FlashMLA's kernels, which its module imports, need a GPU.
+    for name in ("sgl_kernel", "sgl_kernel.flash_mla"):
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, unittest.mock.MagicMock())
+    plugin._allow_draft_extend_graph()
+    from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
+
+    from sglang_patch.backend import EtapMLABackend
+
+    assert issubclass(EtapMLABackend, FlashMLABackend)
+    assert FlashMLABackend not in EtapMLABackend.__mro__
