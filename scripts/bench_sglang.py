@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times SGLang's decode steps end to end with ``etap`` and with its own backends, on one GPU.
 
-    python scripts/bench_sglang.py                          the whole grid, about four minutes
+    python scripts/bench_sglang.py                          the whole grid, about a minute a backend
     python scripts/bench_sglang.py --backends etap flashmla --batches 16 --contexts 32768
 
 The model has the shapes that one GPU sees of DeepSeek-V3 under tensor parallelism 8: hidden size

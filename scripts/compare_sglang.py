@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compares real SGLang servers with ``etap`` and with SGLang's own backends, on one GPU.
 
-    python scripts/compare_sglang.py                           everything, three to four minutes
+    python scripts/compare_sglang.py                           everything, about three minutes
     python scripts/compare_sglang.py --parts plain --quick     short requests only
     python scripts/compare_sglang.py --parts eagle
     python scripts/compare_sglang.py --tp 2 --parts plain      on two GPUs
@@ -39,7 +39,7 @@ EAGLE += ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"
 # Allowed beyond what SGLang's backends differ by among themselves: a factor and a floor.
 FACTOR, FLOOR = 1.5, 0.05
 # Of the time, what servers may take to start.
-START_SHARE = 0.6
+START_SHARE = 0.8
 
 
 def server_arguments(model: pathlib.Path, backend: str, tp: int) -> list[str]:

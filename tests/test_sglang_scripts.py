@@ -318,6 +318,16 @@ def test_sections_are_kept_while_the_sources_are_the_same(updated):
         updated("x", {})
 
 
+def test_commands_do_not_name_the_hosts_directories():
+    command = ["scripts/x.py", "--out", "/a/b.json", "--quick", "--work", "/c", "--parts", "plain"]
+    assert evidence.command_of(command) == "python scripts/x.py --quick --parts plain"
+
+
+def test_infinite_gaps_are_json():
+    found = json.dumps(workload.as_json(Difference(worst_gap=float("inf"))), allow_nan=False)
+    assert json.loads(found)["worst_gap"] == "infinite"
+
+
 def test_schema_misses_what_is_missing(updated):
     content = updated("bench", {"cases": [bench_case(etap=1.0)]})
     del content["device"], content["bench"]["command"]

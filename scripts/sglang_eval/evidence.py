@@ -12,6 +12,7 @@ from typing import Any
 from decode_bench import evidence
 
 SECTIONS = ("kit", "compare", "bench")
+PATH_OPTIONS = ("--out", "--work", "--model")
 BENCH_KEYS = ("step_ms", "tokens_per_s", "gpu_us", "attention_us")
 TOP_KEYS = ("csrc_sha256", "device", "versions", "date")
 
@@ -37,6 +38,15 @@ def schema_errors(content: dict[str, Any]) -> list[str]:
                 if key not in figures
             ]
     return errors
+
+
+def command_of(arguments: list[str]) -> str:
+    """The command to repeat a measurement, without the directories that only this host had."""
+    kept: list[str] = []
+    for index, argument in enumerate(arguments):
+        if argument not in PATH_OPTIONS and arguments[index - 1] not in PATH_OPTIONS:
+            kept.append(argument)
+    return shlex.join(["python", *kept])
 
 
 def update(path: pathlib.Path | None, section: str, content: dict[str, Any]) -> pathlib.Path:
@@ -65,8 +75,7 @@ def update(path: pathlib.Path | None, section: str, content: dict[str, Any]) -> 
     kept = {}
     if before.get("csrc_sha256") == header["csrc_sha256"]:
         kept = {name: before[name] for name in SECTIONS if name in before}
-    command = shlex.join(["python", *sys.argv])
-    kept[section] = {"date": header["date"], "command": command, **content}
+    kept[section] = {"date": header["date"], "command": command_of(sys.argv), **content}
     text = json.dumps({**header, **kept}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -167,7 +167,10 @@ def difference(first: list[Answer], second: list[Answer]) -> Difference:
 
 
 def as_json(found: Difference) -> dict[str, Any]:
+    # JSON has no infinity.
     return {
-        key: round(value, 5) if isinstance(value, float) else value
+        key: (round(value, 5) if value < float("inf") else "infinite")
+        if isinstance(value, float)
+        else value
         for key, value in dataclasses.asdict(found).items()
     }

@@ -148,7 +148,12 @@ def test_draft_extend_may_be_captured(plugin, monkeypatch):
     source = inspect.getsource(eagle_worker_v2)
     assert "graph_supported_backend_types.append(FlashMLABackend)" in source
     # FlashMLA's kernels, which its module imports, need a GPU.
-    for name in ("sgl_kernel", "sgl_kernel.flash_mla", "flash_mla", "flash_mla.flash_mla_interface"):
+    for name in (
+        "sgl_kernel",
+        "sgl_kernel.flash_mla",
+        "flash_mla",
+        "flash_mla.flash_mla_interface",
+    ):
         if name not in sys.modules:
             monkeypatch.setitem(sys.modules, name, unittest.mock.MagicMock())
     plugin._allow_draft_extend_graph()
