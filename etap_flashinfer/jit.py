@@ -26,6 +26,7 @@ from typing import Any, get_args
 
 import torch
 
+from . import dispatch, stock
 from .dispatch import HOPPER, ROW_TILES, KvLoader
 
 AOT_DIR_ENV = "ETAP_FLASHINFER_AOT_DIR"
@@ -135,18 +136,9 @@ def _flashinfer_jit() -> SimpleNamespace:
         from flashinfer.compilation_context import CompilationContext
         from flashinfer.jit import core, cpp_ext, env, utils
     except Exception as error:  # a broken dependency raises anything, not only ImportError
-        if isinstance(error, ModuleNotFoundError) and error.name == "flashinfer":
-            raise EtapJitError(
-                "flashinfer is not installed, and compiling the ETAP kernels needs it: "
-                "pip install 'etap-flashinfer[flashinfer]', or set "
-                f"{AOT_DIR_ENV} to modules built ahead of time"
-            ) from error
-        raise EtapJitError(
-            "flashinfer is installed but does not import: "
-            f"{type(error).__name__}: {error}. FlashInfer 0.6.14 beside nvidia-cutlass-dsl does "
-            "not import on a machine without a GPU: use flashinfer-python 0.7.2.post1 or later "
-            f"there, or set {AOT_DIR_ENV} to modules built ahead of time"
-        ) from error
+        instead = f"set {AOT_DIR_ENV} to modules built ahead of time"
+        message = stock.import_failure(error, "compiling the ETAP kernels", instead)
+        raise EtapJitError(message) from error
     return SimpleNamespace(
         CompilationContext=CompilationContext,
         core=core,
@@ -332,32 +324,21 @@ def compile_command(variant: EtapMlaVariant) -> list[str]:
         return shlex.split(spec.get_compile_commands()[0]["command"])
 
 
-def require_hopper(device: torch.device | int | None = None) -> None:
-    """Check that a device is a Hopper GPU (compute capability 9.0).
-
-    Parameters
-    ----------
-    device : torch.device or int, optional
-        The device; without it, one of the visible devices must be one.
+def require_hopper() -> None:
+    """Check that one of the visible devices is a Hopper GPU.
 
     Raises
     ------
     EtapJitError
-        If it is not; the message names the capability found.
+        If none is; the message says what each of them is.
     """
-    advice = "use backend='auto' or 'fa2' for stock FlashInfer, or backend='reference'"
-    if not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    refusals = [dispatch.etap_device_refusal(device) for device in devices]
+    if None not in refusals:
         raise EtapJitError(
-            "the ETAP kernels run on Hopper GPUs (compute capability 9.0), and PyTorch sees no "
-            f"GPU here: {advice}. `python -m etap_flashinfer.aot` compiles without a GPU"
-        )
-    devices = range(torch.cuda.device_count()) if device is None else [device]
-    capabilities = [torch.cuda.get_device_capability(each) for each in devices]
-    if HOPPER not in capabilities:
-        found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
-        raise EtapJitError(
-            "the ETAP kernels run on Hopper GPUs (compute capability 9.0), and "
-            f"{'the visible GPUs have' if device is None else f'{device} has'} {found}: {advice}"
+            f"the ETAP kernel can't be loaded here: {'; '.join(map(str, refusals))}. Use "
+            "backend='auto' or 'reference'; `python -m etap_flashinfer.aot` compiles without a GPU"
         )
 
 
