@@ -28,6 +28,12 @@ def import_failure(error: Exception, use: str, instead: str) -> str:
             f"{use} needs flashinfer, which is not installed: pip install "
             f"'etap-flashinfer[flashinfer]', or {instead}"
         )
+    if isinstance(error, OSError):
+        return (
+            f"{use} needs flashinfer, which writes to its cache directory when it is imported, and "
+            f"that failed: {error}. Set FLASHINFER_WORKSPACE_BASE to a directory that is writable "
+            f"and has room, or {instead}"
+        )
     return (
         f"{use} needs flashinfer, which is installed but does not import: "
         f"{type(error).__name__}: {error}. FlashInfer 0.6.14 beside nvidia-cutlass-dsl does not "
