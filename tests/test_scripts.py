@@ -15,6 +15,8 @@ import torch
 import validate_gpu
 from decode_bench import evidence, grid, inputs, report
 
+from etap_flashinfer import dispatch
+
 K = 1024
 
 
@@ -430,6 +432,35 @@ def test_table_without_evidence_fails(project, capsys):
 )
 def test_sanitizer_outcomes(status, output, outcome):
     assert validate_gpu.sanitizer_outcome(status, output).startswith(outcome)
+
+
+@pytest.mark.parametrize("arguments", validate_gpu.SANITIZER_TOOLS.values(), ids=" ".join)
+def test_sanitizer_cases_reach_every_variant(arguments, monkeypatch, capsys):
+    """With the CPU in the place of the GPU; the row tile follows from the mean query length."""
+    used = {}
+
+    class Wrapper:
+        _kernels = used
+
+        def __init__(self, workspace, backend):
+            pass
+
+    def run_case(heads, page_size, dtype, seed, wrapper):
+        row_tile = dispatch.choose_row_tile(heads, 2)
+        used[sanitize_cases.DTYPES[dtype], row_tile, dispatch.choose_kv_loader(page_size)] = None
+        return True
+
+    monkeypatch.setattr("etap_flashinfer.BatchMLAPagedAttentionWrapper", Wrapper)
+    monkeypatch.setattr(sanitize_cases, "run_case", run_case)
+    monkeypatch.setattr(sanitize_cases.torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(sanitize_cases.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("sys.argv", ["sanitize_cases.py", *arguments])
+    assert sanitize_cases.main() == 0
+    assert "variants not run: none" in capsys.readouterr().out
+    used.clear()
+    monkeypatch.setattr("sys.argv", ["sanitize_cases.py", "--heads", "4", "--page-size", "64"])
+    assert sanitize_cases.main() == 1
+    assert "bf16_n64_gather" in capsys.readouterr().out
 
 
 def test_missing_sanitizer_is_said(monkeypatch):
