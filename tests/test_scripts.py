@@ -8,6 +8,7 @@ import json
 import math
 
 import bench_decode
+import bench_validate
 import pytest
 import readme_tables
 import sanitize_cases
@@ -15,6 +16,7 @@ import torch
 import validate_gpu
 from decode_bench import evidence, grid, inputs, report
 
+import etap_flashinfer
 from etap_flashinfer import dispatch
 
 K = 1024
@@ -191,6 +193,19 @@ def test_sanitizer_case_is_a_right_reference():
     assert (expected[3] == 0).all()
     assert run[2].isnan().any(), "the tails of last pages are poisoned"
     assert expected[0].abs().max() > 0
+
+
+def test_plan_times(monkeypatch, capsys):
+    """On the reference backend, whose plans are the same."""
+    monkeypatch.setattr(bench_validate, "SHAPES", ((1, 100, 64), (3, 50, 1)))
+    workspace = torch.empty(16, dtype=torch.uint8)
+    wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace, backend="reference")
+    plans = bench_validate.measure(wrapper, "cpu", 1)
+    assert [(plan["batch"], plan["context"], plan["page_size"]) for plan in plans] == list(
+        bench_validate.SHAPES
+    )
+    assert all(plan["us"] > 0 and plan["us_validated"] > 0 for plan in plans)
+    assert "3 x 50, page 1:" in capsys.readouterr().out
 
 
 # Evidence
