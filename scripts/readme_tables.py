@@ -5,7 +5,7 @@
     python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
-batch-context, shapes, validation.
+batch-context, shapes, validation, reliability.
 Evidence is stale when it was measured with other kernel sources than those under csrc/.
 """
 
@@ -100,6 +100,31 @@ def validation_table(_: dict[str, Any] | None, validation: dict[str, Any]) -> st
     return markdown(["check", "outcome"], rows) + provenance(validation)
 
 
+def reliability_table(found: dict[str, dict[str, Any]]) -> str:
+    """Random calls against float64 and the cost of validate, as far as they were measured."""
+    rows, sources = [], []
+    if "fuzz" in found:
+        sources.append(found["fuzz"])
+        for run in found["fuzz"]["runs"]:
+            worst = max(run["worst"][key] for key in ("element", "rmse", "lse"))
+            text = f"{run['mismatches']} mismatches; largest error {worst:.2f} of what is allowed"
+            rows.append(
+                [f"{run['cases']:,} random calls against float64 (seed {run['seed']})", text]
+            )
+    if "plan_check" in found:
+        sources.append(found["plan_check"])
+        for plan in found["plan_check"]["plans"]:
+            shape = f"{plan['batch']} x {report.tokens(plan['context'])}, page {plan['page_size']}"
+            text = f"{plan['us']:.0f} us, with `validate=True` {plan['us_validated']:.0f} us"
+            rows.append([f"`plan()` of {shape}", text])
+    if not rows:
+        return "Not measured yet.\n"
+    return markdown(["what", "outcome"], rows) + "".join(dict.fromkeys(map(provenance, sources)))
+
+
+# These are written from whatever evidence there is.
+OPTIONAL_TABLES = {"reliability": reliability_table}
+
 TABLES = {
     "batch-context": ("decode", batch_context_table),
     "shapes": ("decode", shapes_table),
@@ -112,7 +137,7 @@ def load_evidence(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
     return {
         path.stem: json.loads(path.read_text())
         for path in sorted(directory.glob("*.json"))
-        if path.stem in ("decode", "validation")
+        if path.stem in ("decode", "validation", "fuzz", "plan_check")
     }
 
 
@@ -127,8 +152,11 @@ def render(readme: str, found: dict[str, dict[str, Any]]) -> str:
 
     def replaced(match: re.Match) -> str:
         name = match[2]
+        if name in OPTIONAL_TABLES:
+            return match[1] + OPTIONAL_TABLES[name](found) + match[4]
         if name not in TABLES:
-            raise ValueError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+            known = ", ".join([*TABLES, *OPTIONAL_TABLES])
+            raise ValueError(f"unknown table {name!r}; known: {known}")
         source, make = TABLES[name]
         if source not in found:
             raise ValueError(f"table {name} needs {source}.json, which is not there")

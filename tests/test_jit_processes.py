@@ -14,18 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from jit_first_use import VARIANT, patches, use
 
 from etap_flashinfer import aot, jit
 
-VARIANT = jit.EtapMlaVariant(torch.bfloat16, 16, "tma")
-FORK = multiprocessing.get_context("fork")  # children have FlashInfer imported already
-TIMEOUT = 60
-NOBODY = 65534
+# Processes start with FlashInfer imported, but without the threads of this one, with which a fork
+# may hang.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "flashinfer.jit"])
+TIMEOUT = 120
 
 MODULE = """\
 extern "C" int __tvm_ffi_run(void*, void const*, int, void*) { return 0; }
@@ -83,42 +84,29 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
     pytest.importorskip("flashinfer", reason="flashinfer is not installed")
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    modules = jit._flashinfer_jit()
     # Not pytest's directory, which another user, as whom one test runs, can't enter.
     root = Path(tempfile.mkdtemp(prefix="etap_jit_"))
     root.chmod(0o755)
     shutil.copytree(jit.csrc_dir(), root / "csrc")
     result = Cache(root)
-    monkeypatch.setattr(jit, "csrc_dir", lambda: root / "csrc")
-    monkeypatch.setattr(modules.env, "FLASHINFER_GEN_SRC_DIR", result.sources)
-    monkeypatch.setattr(modules.env, "FLASHINFER_JIT_DIR", result.libraries)
-    monkeypatch.setattr(modules.cpp_ext, "get_cuda_path", lambda: str(root / "cuda"))
-    monkeypatch.setattr(jit, "require_hopper", lambda: None)
+    for owner, name, value in patches(root, result.sources):
+        monkeypatch.setattr(owner, name, value)
     for variable in ("FLASHINFER_CUDA_ARCH_LIST", "FLASHINFER_NVCC", "CXX", jit.AOT_DIR_ENV):
         monkeypatch.delenv(variable, raising=False)
-    modules.cpp_ext.get_cuda_version.cache_clear()
-    jit._load_module.cache_clear()
+    cpp_ext = jit._flashinfer_jit().cpp_ext
+    cpp_ext.get_cuda_version.cache_clear()
     yield result
-    modules.cpp_ext.get_cuda_version.cache_clear()
+    cpp_ext.get_cuda_version.cache_clear()
     shutil.rmtree(root)
-
-
-def _use(connection, prepare: Callable[[], None]) -> None:
-    prepare()
-    try:
-        module = jit.get_etap_mla_module(VARIANT)
-        module["run"], module["workspace_bytes"]
-        connection.send("works")
-    except jit.EtapJitError as error:
-        connection.send(str(error))
 
 
 class FirstUse:
     """A process that takes the kernel's module as the wrapper does."""
 
-    def __init__(self, prepare: Callable[[], None] = lambda: None):
-        self.connection, theirs = FORK.Pipe(duplex=False)
-        self.process = FORK.Process(target=_use, args=(theirs, prepare), daemon=True)
+    def __init__(self, cache: Cache, how: str = ""):
+        self.connection, theirs = SERVER.Pipe(duplex=False)
+        arguments = (theirs, cache.root, cache.sources, dict(os.environ), how)
+        self.process = SERVER.Process(target=use, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 
@@ -134,7 +122,7 @@ class FirstUse:
 
 def test_eight_processes_on_an_empty_cache(cache: Cache) -> None:
     cache.write_compiler("sleep 0.5")
-    processes = [FirstUse() for _ in range(8)]
+    processes = [FirstUse(cache) for _ in range(8)]
     assert [process.outcome() for process in processes] == ["works"] * 8
     assert cache.compilations() == 1
     assert list(cache.root.rglob("*.so")) == [cache.library]
@@ -144,44 +132,44 @@ def test_eight_processes_on_an_empty_cache(cache: Cache) -> None:
 def test_killed_while_compiling(cache: Cache, whole_group: bool) -> None:
     """A compiler left behind goes on, and writes to where the next process works."""
     cache.write_compiler('head -c 100 /dev/urandom > "$object"\nsleep 1')
-    killed = FirstUse(os.setsid)
+    killed = FirstUse(cache, "group")
     cache.wait_for_compilation()
-    waiting = FirstUse()
+    waiting = FirstUse(cache)
     kill = os.killpg if whole_group else os.kill
     kill(killed.process.pid, signal.SIGKILL)
     assert killed.outcome() == "ended with -9"
     assert waiting.outcome() == "works"
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
 
 
 def test_killed_between_linking_and_loading(cache: Cache) -> None:
     """Without the note that it was finished, even a good library is built again."""
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
     cache.library.with_suffix(".sha256").unlink()
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
     assert cache.compilations() == 2
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
     assert cache.compilations() == 2
 
 
 @pytest.mark.parametrize("kept", [0, 0.5, 0.99])
 def test_library_cut_off_on_disk(cache: Cache, kept: float) -> None:
     """As a crash leaves it: ninja's log calls it finished, and loading it could end with SIGBUS."""
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
     content = cache.library.read_bytes()
     times = cache.library.stat()
     cache.library.write_bytes(content[: int(kept * len(content))])
     os.utime(cache.library, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
     assert cache.library.stat().st_size == len(content)
 
 
 def test_sources_cut_off(cache: Cache) -> None:
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
     source = cache.sources / VARIANT.name / "etap_mla_binding.cu"
     text = source.read_text()
     source.write_text(text[:1000])
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
     assert source.read_text() == text
 
 
@@ -190,11 +178,11 @@ def test_disk_full_while_compiling(cache: Cache) -> None:
     full = 'head -c 100 /dev/urandom > "$object"\n'
     full += "echo 'fatal error: error writing to x.o: No space left on device'; exit 1"
     cache.write_compiler(full)
-    message = FirstUse().outcome()
+    message = FirstUse(cache).outcome()
     assert "No space left on device" in message
     assert VARIANT.name in message
     cache.write_compiler("")
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
 
 
 def test_disk_full_while_linking(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +193,9 @@ def test_disk_full_while_linking(cache: Cache, monkeypatch: pytest.MonkeyPatch) 
     )
     linker.chmod(0o755)
     monkeypatch.setenv("CXX", str(linker))
-    assert "No space left on device" in FirstUse().outcome()
+    assert "No space left on device" in FirstUse(cache).outcome()
     monkeypatch.delenv("CXX")
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
 
 
 @contextlib.contextmanager
@@ -227,18 +215,11 @@ def small_disk(path: Path) -> Iterator[None]:
 def test_disk_full_while_writing_sources(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = cache.root / "disk"
     with small_disk(disk), monkeypatch.context() as patch:
-        patch.setattr(jit._flashinfer_jit().env, "FLASHINFER_GEN_SRC_DIR", disk)
-        message = FirstUse().outcome()
+        patch.setattr(cache, "sources", disk)
+        message = FirstUse(cache).outcome()
     assert "No space left on device" in message
     assert "FLASHINFER_WORKSPACE_BASE puts it elsewhere" in message
-    assert FirstUse().outcome() == "works"
-
-
-def _become_nobody() -> None:
-    """Permissions mean nothing to root."""
-    if os.geteuid() == 0:
-        os.setegid(NOBODY)
-        os.seteuid(NOBODY)
+    assert FirstUse(cache).outcome() == "works"
 
 
 @pytest.mark.parametrize("is_built", [False, True], ids=("empty", "built"))
@@ -246,13 +227,13 @@ def test_read_only_cache(cache: Cache, is_built: bool) -> None:
     for directory in (cache.sources, cache.libraries):
         directory.mkdir()
     if is_built:
-        assert FirstUse().outcome() == "works"
+        assert FirstUse(cache).outcome() == "works"
     subprocess.run(["chmod", "-R", "a-w", cache.sources, cache.libraries], check=True)
-    message = FirstUse(_become_nobody).outcome()
+    message = FirstUse(cache, "nobody").outcome()
     subprocess.run(["chmod", "-R", "u+w", cache.sources, cache.libraries], check=True)
     assert "Permission denied" in message
     assert "FLASHINFER_WORKSPACE_BASE puts it elsewhere" in message
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
 
 
 def test_flashinfer_cannot_write_when_it_is_imported(tmp_path: Path) -> None:
@@ -280,14 +261,14 @@ def aot_dir(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Path:
     aot._install(jit.build_etap_mla_module(VARIANT), directory)
     aot._write_manifest(directory, [VARIANT], {"nvcc": "13.0.88"})
     monkeypatch.setenv(jit.AOT_DIR_ENV, str(directory))
-    assert FirstUse().outcome() == "works"
+    assert FirstUse(cache).outcome() == "works"
     return directory
 
 
-def test_aot_library_cut_off(aot_dir: Path) -> None:
+def test_aot_library_cut_off(cache: Cache, aot_dir: Path) -> None:
     library = aot_dir / f"{VARIANT.name}.so"
     library.write_bytes(library.read_bytes()[:5000])
-    message = FirstUse().outcome()
+    message = FirstUse(cache).outcome()
     assert "is not the library that manifest.json names" in message
     assert "python -m etap_flashinfer.aot" in message
 

@@ -393,6 +393,28 @@ def test_readme_tables_are_written_once_and_then_checked(project):
     assert readme_tables.main([*arguments, "--check"]) == 0
 
 
+def test_reliability_table_takes_what_there_is(project):
+    arguments, readme, results = project
+    readme.write_text(readme_with("reliability"))
+    assert readme_tables.main(arguments) == 0
+    assert "Not measured yet" in readme.read_text()
+    assert readme_tables.main([*arguments, "--check"]) == 0
+    worst = {"element": 0.91, "rmse": 0.87, "lse": 0.2, "rmse_over_rounding": 58.0}
+    run = {"seed": 7, "cases": 20_000, "mismatches": 0, "worst": worst}
+    fresh = make_evidence(csrc_sha256=evidence.csrc_sha256(), read_ceiling_gbps=None)
+    evidence.write(results / "fuzz.json", fresh | {"runs": [run]})
+    assert readme_tables.main([*arguments, "--check"]) == 1
+    assert readme_tables.main(arguments) == 0
+    text = "| 20,000 random calls against float64 (seed 7) | 0 mismatches; largest error 0.91 of"
+    assert text in readme.read_text()
+    plan = {"batch": 16, "context": 65_536, "page_size": 1, "us": 40.0, "us_validated": 250.4}
+    evidence.write(results / "plan_check.json", fresh | {"plans": [plan]})
+    assert readme_tables.main(arguments) == 0
+    written = readme.read_text()
+    assert "| `plan()` of 16 x 64K, page 1 | 40 us, with `validate=True` 250 us |" in written
+    assert written.count("NVIDIA H200") == 1
+
+
 def test_stale_evidence_fails_the_check(project, capsys):
     arguments, _, results = project
     readme_tables.main(arguments)

@@ -53,6 +53,11 @@ class PageTable:
     num_pages: int
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device; unlike a plain one it does not wait for what the GPU is doing."""
+    return tensor.to(device, non_blocking=True)
+
+
 def page_table(case: Case, generator: torch.Generator) -> PageTable:
     """Give each request its pages.
 
@@ -128,10 +133,9 @@ def _make_group(
     page_size: int,
 ) -> Group:
     device = kv_indices.device
-    facts = [
-        (q_lens[r], kv_lens[r], row_begins[r], page_begins[r]) for r in members
-    ]  # one copy to the device for all
-    own_q_lens, own_kv_lens, first_rows, first_pages = torch.tensor(facts, device=device).unbind(1)
+    facts = [(q_lens[r], kv_lens[r], row_begins[r], page_begins[r]) for r in members]
+    columns = upload(torch.tensor(facts), device).unbind(1)
+    own_q_lens, own_kv_lens, first_rows, first_pages = columns
     query = torch.arange(max(q_lens[r] for r in members), device=device)
     token = torch.arange(max(1, max(kv_lens[r] for r in members)), device=device)
     is_row = query < own_q_lens[:, None]
@@ -211,8 +215,8 @@ def _values(
     for group in groups:
         seen = torch.where(_is_token(group), group.slots, slots)
         is_seen.scatter_(0, seen.flatten(), True)
-    poison = torch.tensor([math.nan, math.inf, -math.inf], dtype=pool.dtype, device=device)
-    poison = poison[torch.arange(HEAD_DIM, device=device) % 3]
+    poison = torch.tensor([math.nan, math.inf, -math.inf]).repeat(HEAD_DIM // 3)
+    poison = upload(poison.to(pool.dtype), device)
     return queries, torch.where(is_seen[:slots, None], pool, poison)
 
 
@@ -243,7 +247,7 @@ def build(case: Case, device: torch.device, one_by_one: bool = False) -> Tensors
     """Make a case's tensors. ``one_by_one`` compares requests one by one."""
     host = torch.Generator().manual_seed(case.seed * 1_000_003 + case.number)
     table = page_table(case, host)
-    kv_indices = table.entries.to(torch.int32).to(device)
+    kv_indices = upload(table.entries.int(), device)
     groups = make_groups(
         case.q_lens,
         case.kv_lens,
@@ -264,7 +268,7 @@ def build(case: Case, device: torch.device, one_by_one: bool = False) -> Tensors
         torch.tensor(case.kv_lens, dtype=torch.int32),
     )
     on_device = (host_index[0], host_index[1], kv_indices, host_index[3])
-    index = host_index if case.index_on_host else tuple(t.to(device) for t in on_device)
+    index = host_index if case.index_on_host else tuple(upload(t, device) for t in on_device)
     dtype = TORCH_DTYPES[case.dtype]
     rows = (total, case.heads)
     width = HEAD_DIM_CKV + case.out_tail
