@@ -27,9 +27,18 @@ setup(
     python_requires=">=3.10",
     # The kernel sources stay at the top level of the repository and are installed inside the
     # package, so that an installed wheel compiles as a checkout does.
-    packages=["etap_flashinfer", "etap_flashinfer.csrc"],
+    packages=["etap_flashinfer", "etap_flashinfer.csrc", "sglang_patch"],
     package_dir={"etap_flashinfer.csrc": "csrc"},
-    package_data={"etap_flashinfer": ["py.typed"], "etap_flashinfer.csrc": ["*"]},
+    package_data={
+        "etap_flashinfer": ["py.typed"],
+        "etap_flashinfer.csrc": ["*"],
+        "sglang_patch": ["py.typed"],
+    },
+    entry_points={
+        # SGLang calls this in every process, before it reads its arguments.
+        "sglang.srt.plugins": ["etap = sglang_patch.plugin:register"],
+        "console_scripts": ["etap-sglang-check = sglang_patch.check:main"],
+    },
     install_requires=["torch>=2.5", "jinja2", "filelock", "apache-tvm-ffi>=0.1.11,<0.2"],
     extras_require={
         "flashinfer": ["flashinfer-python>=0.6.14"],

@@ -111,25 +111,22 @@ CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy) {
   return map;
 }
 
-void launch_attention(Params const& params, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
-                      int32_t num_ctas, cudaStream_t stream) {
-  etap_mla_kernel<Traits><<<num_ctas, kThreads, sizeof(typename Traits::SharedStorage), stream>>>(
-      params, ckv_map, kpe_map);
-  ETAP_CHECK_CUDA(cudaGetLastError());
-}
-
-// A dependent launch: set up while the attention kernel runs, it starts when that has ended.
-void launch_merge(Params const& params, int32_t num_ctas, cudaStream_t stream) {
+// Both kernels are dependent launches: set up while the kernel before runs, they wait in
+// cudaGridDependencySynchronize() until it has ended.
+template <typename... Arguments>
+void launch_dependent(void (*kernel)(Arguments...), int32_t num_ctas, int32_t threads,
+                      int32_t shared_bytes, cudaStream_t stream, Arguments const&... arguments) {
   cudaLaunchAttribute dependent;
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = kMergeCtasPerSm * num_ctas;
-  config.blockDim = kMergeThreads;
+  config.gridDim = num_ctas;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &dependent;
   config.numAttrs = 1;
-  ETAP_CHECK_CUDA(cudaLaunchKernelEx(&config, etap_mla_merge_kernel<Traits>, params, num_ctas));
+  ETAP_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 template <typename T>
@@ -212,8 +209,10 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
     kpe_map = make_pool_map(kpe, rows_per_copy);
   }
   auto const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
-  launch_attention(params, ckv_map, kpe_map, num_ctas, stream);
-  launch_merge(params, num_ctas, stream);
+  launch_dependent(etap_mla_kernel<Traits>, num_ctas, kThreads,
+                   sizeof(typename Traits::SharedStorage), stream, params, ckv_map, kpe_map);
+  launch_dependent(etap_mla_merge_kernel<Traits>, kMergeCtasPerSm * num_ctas, kMergeThreads, 0,
+                   stream, params, num_ctas);
 }
 
 }  // namespace

@@ -104,15 +104,19 @@ __device__ __forceinline__ int32_t swizzled_chunk(int32_t row, int32_t chunk) {
 }
 
 // Two warps. Eight lanes copy the 128 bytes that a token has in a box; a warp has 32 tokens of the
-// tile, of which lane l looks up the l-th. The copies themselves arrive on box_full when they are
-// complete. They write through the generic proxy: whoever reads the box with WGMMA fences first.
+// tile, of which lane l looks up the l-th. A warp issues in order, so there is no more than one
+// copy instruction after another: token by token, all nine boxes at once. The copies themselves
+// arrive on box_full when they are complete. They write through the generic proxy: whoever reads
+// the box with WGMMA fences first.
 template <class Traits>
 __device__ void load_cache_by_gather(Params const& params, typename Traits::SharedStorage& shared,
                                      CtaWork const& work) {
   using DType = typename Traits::DType;
-  constexpr int32_t kCopies = 32 / 4;  // of 4 tokens each
+  constexpr int32_t kTokensAtOnce = 32 / 8;
   int32_t const lane = threadIdx.x % 32, chunk = lane % 8;
   int32_t const first_token = threadIdx.x / 32 % 2 * 32;
+  auto const* const ckv = static_cast<DType const*>(params.ckv) + chunk * 8;
+  auto const* const kpe = static_cast<DType const*>(params.kpe) + chunk * 8;
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
@@ -122,33 +126,39 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
       return find_token(params, segment.request, tile * kTokenTile + first_token + lane);
     };
     TokenPlace next_place = place_in(segment.tile_begin);
+#pragma unroll 1
     for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
       TokenPlace const place = next_place;
       if (tile + 1 < segment.tile_end) next_place = place_in(tile + 1);
       bool const exists = uint32_t(place.page) < uint32_t(params.num_pages);
-      uint32_t const exists_mask = __ballot_sync(0xffffffff, exists);
       int64_t const page = exists ? place.page : 0, row = exists ? place.row : 0;
       int64_t const ckv_offset = page * params.ckv_stride_page + row * params.ckv_stride_token;
       int64_t const kpe_offset = page * params.kpe_stride_page + row * params.kpe_stride_token;
 
-      auto copy_box = [&](DType const* source, int64_t token_offset) {
-        Barrier::wait(&shared.box_empty[ring.index], ring.parity ^ 1);
-        DType* const box = &shared.ring[ring.index * kBoxElements];
-#pragma unroll 2
-        for (int32_t i = 0; i < kCopies; ++i) {
-          int32_t const owner = i * 4 + lane / 8;
-          cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-              box + swizzled_chunk(first_token + owner, chunk),
-              source + __shfl_sync(0xffffffff, token_offset, owner), exists_mask >> owner & 1);
-        }
-        cutlass::arch::cpasync_barrier_arrive_noinc(&shared.box_full[ring.index]);
-        ring = ring.after(1);
-      };
-      copy_box(static_cast<DType const*>(params.kpe) + chunk * 8, kpe_offset);
-#pragma unroll 1
-      for (int32_t box = 0; box < kCkvBoxes; ++box) {
-        copy_box(static_cast<DType const*>(params.ckv) + box * kBoxColumns + chunk * 8, ckv_offset);
+      if (lane < kBoxesPerTile) {
+        auto const slot = ring.after(lane);
+        Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
       }
+      __syncwarp();
+#pragma unroll 1
+      for (int32_t i = 0; i < 32; i += kTokensAtOnce) {
+        int32_t const owner = i + lane / 8;
+        DType const* const token_ckv = ckv + __shfl_sync(0xffffffff, ckv_offset, owner);
+        DType const* const token_kpe = kpe + __shfl_sync(0xffffffff, kpe_offset, owner);
+        bool const token_exists = __shfl_sync(0xffffffff, exists, owner);
+        DType* const destination = shared.ring + swizzled_chunk(first_token + owner, chunk);
+#pragma unroll
+        for (int32_t box = 0; box < kBoxesPerTile; ++box) {
+          cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+              destination + ring.after(box).index * kBoxElements,
+              box == 0 ? token_kpe : token_ckv + (box - 1) * kBoxColumns, token_exists);
+        }
+      }
+#pragma unroll
+      for (int32_t box = 0; box < kBoxesPerTile; ++box) {
+        cutlass::arch::cpasync_barrier_arrive_noinc(&shared.box_full[ring.after(box).index]);
+      }
+      ring = ring.after(kBoxesPerTile);
     }
   }
   // The copies must not outlive the threads that issued them.

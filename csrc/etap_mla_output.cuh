@@ -29,6 +29,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return reinterpret_cast<uint32_t const&>(packed);
 }
 
+template <typename DType>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+  auto const pair = cutlass::NumericArrayConverter<float, DType, 2>{}(
+      reinterpret_cast<cutlass::Array<DType, 2> const&>(packed));
+  return {pair[0], pair[1]};
+}
+
 // Address of the output row `packed_row`, where packed_row = query * num_heads + head.
 template <typename DType>
 __device__ __forceinline__ DType* output_row(Params const& params, int32_t packed_row) {

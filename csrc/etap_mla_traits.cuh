@@ -34,14 +34,9 @@ constexpr int kBoxElements = kTokenTile * kBoxColumns;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kMathWarpgroups = 2;
 constexpr int kMathThreads = kMathWarpgroups * kWarpgroupThreads;
+constexpr int kMathWarps = kMathThreads / 32;
 constexpr int kThreads = kMathThreads + kWarpgroupThreads;
 constexpr int kBoxesPerWarpgroup = kCkvBoxes / kMathWarpgroups;  // of d_v: 256 columns each
-
-// Registers a thread, after the producer gave some of its share to the math warpgroups.
-constexpr int kProducerRegisters = 56;
-constexpr int kMathRegisters = 224;
-static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= 3 * 168,
-              "a CTA of 384 threads starts with 168 registers a thread");
 
 // Warps of the producer warpgroup: 0 and 1 load the cache, 2 and 3 load the queries.
 constexpr int kGatherThreads = 64;
@@ -88,6 +83,11 @@ struct CtaWork {
 // Sums of each warp, while the schedule is made: tiles, row tiles, longest row tile.
 struct ScheduleScratch {
   alignas(16) int4 warps[kThreads / 32];
+};
+
+// Of a row over the tiles so far, base 2, and 2^(maximum before this tile - maximum).
+struct RunningMax {
+  float max, factor;
 };
 
 // What the first CTA of a split row tile tells the merge kernel; num_parts is 0 for none.
@@ -147,32 +147,42 @@ struct EtapMlaTraits {
   static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32 || kRowTile == 64,
                 "an accumulator of 256 x row_tile floats must fit a warpgroup's registers");
 
-  // P is kept as a high and a low part of DType each, so that rounding P adds nothing to the
-  // error of the result. Up to 32 rows both parts stand side by side on N, where an instruction is
-  // bound by reading A and the second half is nearly free; with 64 rows they take two passes,
-  // because the accumulators of 128 columns would not fit.
+  // Registers a thread, after the producer gave some of its share to the math warpgroups.
+  static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
+  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
+  static_assert(kThreads == 3 * 128, "a CTA of 384 threads starts with 168 registers a thread");
+
+  // P in a high and a low part of DType adds nothing to the error of the result. Up to 32 rows the
+  // parts stand side by side on N, where an instruction is bound by reading A and the second costs
+  // little; 64 rows leave no registers for 128 columns and take a second pass.
   static constexpr int kPvColumns = kRowTile <= 32 ? 2 * kRowTile : kRowTile;
   static constexpr int kPvPasses = 2 * kRowTile / kPvColumns;
+
+  // Longer requests have the high part alone. Rounding P shows less the more tokens share the
+  // weight, while the power that the second part takes bounds the clock in long runs (5 % at 16 x
+  // 64K). Depends on the request alone, not on its batch.
+  static constexpr int kLongestSplitPRequest = kRowTile <= 32 ? 8192 : 1024;
 
   // Rows that one thread sees of an accumulator: 2 neighbours in every 8 columns.
   static constexpr int kRowsPerThread = kRowTile / 4;
 
-  // Shared-memory operands, all 128-byte swizzled. K and V are the same boxes seen twice:
-  // as K [tokens x columns] and, transposed, as V^T [columns x tokens].
+  // Shared-memory operands, all 128-byte swizzled. One box is seen in three ways: as K [tokens x
+  // columns], transposed as V^T [columns x tokens], and, once S^T is there, the box of kpe takes P
+  // [rows, high parts then low parts, x tokens]; the low parts of 64 rows have their own place.
+  static constexpr int kLowElements = kPvPasses == 2 ? kRowTile * kTokenTile : 0;
   static constexpr int kRingBoxes = [] {
     int const query = kRowTile * (kHeadDimCkv + kHeadDimKpe) * int(sizeof(DType));
-    int const probability = 2 * 2 * kRowTile * kTokenTile * int(sizeof(DType));
-    int const statistics = (3 + 2 * 4) * kRowTile * int(sizeof(float));
-    int const fixed = query + probability + statistics +
-                      int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) + 64;
+    int const low = kLowElements > 0 ? kLowElements * int(sizeof(DType)) : 1024;
+    int const statistics = kRowTile * (2 * int(sizeof(RunningMax)) + 4 * int(sizeof(float)));
+    int const fixed = query + low + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork)) + 64;
     return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
   }();
-  static_assert(kRingBoxes >= kBoxesPerTile, "the ring must hold a whole token tile");
+  static_assert(kRingBoxes >= 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
 
   // The nine boxes of a tile share the DRAM pages of their tokens, so the loader asks for them all
-  // at once, when there is room for all (1 % at long contexts). A ring of less than two tiles would
-  // run dry that way.
-  static constexpr bool kAsksForWholeTiles = kRingBoxes >= 2 * kBoxesPerTile;
+  // at once, when there is room for all (1 % at long contexts). A ring of just two tiles would run
+  // dry that way.
+  static constexpr bool kAsksForWholeTiles = kRingBoxes > 2 * kBoxesPerTile;
 
   using KAtom = GMMA::Layout_K_SW128_Atom<DType>;
   using LayoutK =
@@ -182,27 +192,32 @@ struct EtapMlaTraits {
                              Shape<Int<kBoxColumns>, Int<kTokenTile>, Int<kRingBoxes>>{}));
   using LayoutQ = decltype(tile_to_shape(
       KAtom{}, Shape<Int<kRowTile>, Int<kBoxColumns>, Int<kBoxesPerTile>>{}));
-  using LayoutP = decltype(tile_to_shape(
-      KAtom{}, Shape<Int<kPvColumns>, Int<kTokenTile>, Int<2 * kPvPasses>>{}));
+  using LayoutP = LayoutK;  // of which the first rows are used
 
   using MmaQk = decltype(make_tiled_mma(
       GMMA::ss_op_selector<DType, DType, float, Shape<Int<kTokenTile>, Int<kRowTile>, _16>,
                            GMMA::Major::K, GMMA::Major::K>()));
+  template <int kColumns>
   using MmaPv = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<DType, DType, float, Shape<Int<kBoxColumns>, Int<kPvColumns>, _16>,
+      GMMA::ss_op_selector<DType, DType, float, Shape<Int<kBoxColumns>, Int<kColumns>, _16>,
                            GMMA::Major::MN, GMMA::Major::K>()));
 
   struct SharedStorage {
     alignas(1024) DType ring[kRingBoxes * kBoxElements];
     alignas(1024) DType query[cosize_v<LayoutQ>];
-    alignas(1024) DType probability[cosize_v<LayoutP>];
-    float row_max[3][kRowTile];          // of the tiles so far; [tile number % 3]
-    float warp_partial[2][4][kRowTile];  // [math warpgroup][warp]: tile maxima, then row sums
+    union {
+      alignas(1024) DType probability_low[kLowElements > 0 ? kLowElements : 1];
+      float row_sum[kMathWarpgroups][kRowTile][4];  // of each warp, at the end of a segment
+    };
+    RunningMax running_max[2][kRowTile];  // [tile number % 2]
+    union {
+      alignas(16) float tile_max[kRowTile][4];  // of each warp of the tile's owner
+      ScheduleScratch schedule;                 // before the first tile
+    };
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
     uint64_t query_full, query_empty;
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
-    ScheduleScratch schedule;
   };
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };

@@ -104,6 +104,7 @@ class Fuzzer:
             given.out,
             given.lse,
             case.lse_base_e,
+            compare.two_part_tokens(case.heads, max(case.q_lens)),
         )
 
     def judge(self) -> None:
@@ -213,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         "mismatched": fuzzer.mismatches[:PRINTED_MISMATCHES],
         "seconds": round(seconds, 1),
         "rmse_bound": compare.RMSE_BOUND,
-        "probability_parts": compare.PROBABILITY_PARTS,
+        "rmse_bound_one_part": compare.RMSE_BOUND_ONE_PART,
         "worst": {key: float(f"{value:.4g}") for key, value in vars(fuzzer.worst).items()},
     }
     print(f"{fuzzer.done} cases in {seconds:.0f} s, {len(fuzzer.mismatches)} mismatches; worst")

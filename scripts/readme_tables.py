@@ -5,7 +5,8 @@
     python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
-batch-context, shapes, validation, reliability.
+batch-context, shapes, validation, sglang, reliability. The last two say so while nothing was
+measured.
 Evidence is stale when it was measured with other kernel sources than those under csrc/.
 """
 
@@ -21,6 +22,9 @@ from typing import Any
 
 from decode_bench import evidence, report
 from decode_bench.report import Case
+from sglang_eval import evidence as sglang_evidence
+
+Found = dict[str, dict[str, Any]]
 
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table:\2 -->)", re.DOTALL)
 
@@ -34,9 +38,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def provenance(found: dict[str, Any]) -> str:
     """One line under a table: device, versions, date, command."""
     versions = found["versions"]
-    named = {"torch": "torch", "flashinfer-python": "FlashInfer", "sglang-kernel": "sglang-kernel"}
+    named = {
+        "torch": "torch",
+        "flashinfer-python": "FlashInfer",
+        "sglang": "SGLang",
+        "sglang-kernel": "sglang-kernel",
+    }
     parts = [f"{title} {versions[key]}" for key, title in named.items() if key in versions]
-    ceiling = found["read_ceiling_gbps"]
+    ceiling = found.get("read_ceiling_gbps")
     if ceiling:
         parts.append(f"read ceiling {ceiling:.0f} GB/s")
     text = f"\n{found['device']}, {', '.join(parts)}, {found['date'][:10]}."
@@ -58,8 +67,9 @@ def _time_head(peers: Sequence[str]) -> list[str]:
     return ["ETAP, us", "of ceiling", *(report.PEER_TITLES[n] for n in peers), "best peer / ETAP"]
 
 
-def batch_context_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str:
+def batch_context_table(found: Found) -> str:
     """16 heads, one query token, bf16, page 64: every batch and context."""
+    decode = found["decode"]
     cases = sorted(
         (case for case in decode["cases"] if report.is_plain(case)),
         key=lambda case: (case["batch"], case["context"]),
@@ -72,8 +82,9 @@ def batch_context_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str
     return markdown(["batch x context", *_time_head(peers)], rows) + provenance(decode)
 
 
-def shapes_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str:
+def shapes_table(found: Found) -> str:
     """Every other shape: heads, query lengths, page sizes, fp16, varied lengths."""
+    decode = found["decode"]
     cases = [case for case in decode["cases"] if not report.is_plain(case)]
     peers, ceiling = _peers(cases), decode["read_ceiling_gbps"]
     rows = []
@@ -86,8 +97,9 @@ def shapes_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str:
     return markdown(head, rows) + provenance(decode)
 
 
-def validation_table(_: dict[str, Any] | None, validation: dict[str, Any]) -> str:
+def validation_table(found: Found) -> str:
     """Numbers of tests, sanitizer outcomes and the worst accuracy."""
+    validation = found["validation"]
     ratios = [c["rmse"] / c["rmse_rounding"] for c in validation["cases"] if c["rmse_rounding"]]
     counts = validation["tests"]
     rows = [
@@ -100,7 +112,7 @@ def validation_table(_: dict[str, Any] | None, validation: dict[str, Any]) -> st
     return markdown(["check", "outcome"], rows) + provenance(validation)
 
 
-def reliability_table(found: dict[str, dict[str, Any]]) -> str:
+def reliability_table(found: Found) -> str:
     """Random calls against float64 and the cost of validate, as far as they were measured."""
     rows, sources = [], []
     if "fuzz" in found:
@@ -122,26 +134,52 @@ def reliability_table(found: dict[str, dict[str, Any]]) -> str:
     return markdown(["what", "outcome"], rows) + "".join(dict.fromkeys(map(provenance, sources)))
 
 
-# These are written from whatever evidence there is.
-OPTIONAL_TABLES = {"reliability": reliability_table}
+def sglang_table(found: Found) -> str:
+    """Time of a decode step end to end, and attention's share of the GPU's time, by backend."""
+    bench = found.get("sglang", {}).get("bench")
+    if bench is None:
+        return "Not measured yet.\n"
+    others = [name for name in bench["backends"] if name != "etap"]
+    rows = []
+    for case in bench["cases"]:
+        ours = case["backends"].get("etap")
+        figures = [case["backends"].get(name) for name in others]
+        times = [each["step_ms"] for each in figures if each]
+        ratio = min(times) / ours["step_ms"] if ours and times else None
+        shape = f"{case['batch']} x {report.tokens(case['context'])}"
+        per_second = "-" if ours is None else f"{ours['tokens_per_s']:.0f}"
+        cells = [_step(each) for each in (ours, *figures)]
+        rows.append([shape, per_second, *cells, report.figure(ratio, 2)])
+    head = ["batch x context", "ETAP, tokens/s", "ETAP, ms", *(f"{name}, ms" for name in others)]
+    return markdown([*head, "best other / ETAP"], rows) + provenance({**found["sglang"], **bench})
+
+
+def _step(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return "-"
+    share = 100 * figures["attention_us"] / figures["gpu_us"] if figures["gpu_us"] else 0.0
+    return f"{figures['step_ms']:.2f} ({share:.0f} %)"
+
 
 TABLES = {
     "batch-context": ("decode", batch_context_table),
     "shapes": ("decode", shapes_table),
     "validation": ("validation", validation_table),
+    "sglang": (None, sglang_table),
+    "reliability": (None, reliability_table),
 }
 
 
-def load_evidence(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
+def load_evidence(directory: pathlib.Path) -> Found:
     """The evidence files of a directory by name, without those that are not there."""
     return {
         path.stem: json.loads(path.read_text())
         for path in sorted(directory.glob("*.json"))
-        if path.stem in ("decode", "validation", "fuzz", "plan_check")
+        if path.stem in ("decode", "validation", "sglang", "fuzz", "plan_check")
     }
 
 
-def render(readme: str, found: dict[str, dict[str, Any]]) -> str:
+def render(readme: str, found: Found) -> str:
     """The README with every marked table written anew.
 
     Raises
@@ -152,15 +190,12 @@ def render(readme: str, found: dict[str, dict[str, Any]]) -> str:
 
     def replaced(match: re.Match) -> str:
         name = match[2]
-        if name in OPTIONAL_TABLES:
-            return match[1] + OPTIONAL_TABLES[name](found) + match[4]
         if name not in TABLES:
-            known = ", ".join([*TABLES, *OPTIONAL_TABLES])
-            raise ValueError(f"unknown table {name!r}; known: {known}")
+            raise ValueError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
         source, make = TABLES[name]
-        if source not in found:
+        if source is not None and source not in found:
             raise ValueError(f"table {name} needs {source}.json, which is not there")
-        return match[1] + make(found.get("decode"), found.get("validation")) + match[4]
+        return match[1] + make(found) + match[4]
 
     opened = readme.count("<!-- table:")
     if opened != len(MARKED.findall(readme)):
@@ -168,7 +203,7 @@ def render(readme: str, found: dict[str, dict[str, Any]]) -> str:
     return MARKED.sub(replaced, readme)
 
 
-def stale(found: dict[str, dict[str, Any]], csrc_hash: str) -> list[str]:
+def stale(found: Found, csrc_hash: str) -> list[str]:
     """Evidence measured with other sources or not in the schema, one line each."""
     lines = []
     for name, content in found.items():
@@ -177,7 +212,8 @@ def stale(found: dict[str, dict[str, Any]], csrc_hash: str) -> list[str]:
             lines.append(
                 f"{name}.json is stale: measured with csrc {measured[:12]}, now {csrc_hash[:12]}"
             )
-        lines += [f"{name}.json: {error}" for error in evidence.schema_errors(content)]
+        schema = sglang_evidence if name == "sglang" else evidence
+        lines += [f"{name}.json: {error}" for error in schema.schema_errors(content)]
     return lines
 
 

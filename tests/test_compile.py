@@ -178,7 +178,7 @@ def test_sass_problems_are_found(instructions, problem):
 def test_wheel_carries_the_sources(tmp_path):
     source, wheels = tmp_path / "source", tmp_path / "wheels"
     ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("etap_flashinfer", "csrc"):
+    for name in ("etap_flashinfer", "csrc", "sglang_patch"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
@@ -190,6 +190,11 @@ def test_wheel_carries_the_sources(tmp_path):
     code = (
         "from etap_flashinfer import jit\n"
         "assert jit.csrc_dir().parent.name == 'etap_flashinfer'\n"
+        "from importlib.metadata import entry_points\n"
+        "(point,) = entry_points(group='sglang.srt.plugins', name='etap')\n"
+        "assert callable(point.load())\n"
+        "(command,) = entry_points(group='console_scripts', name='etap-sglang-check')\n"
+        "assert callable(command.load())\n"
         "print(jit.csrc_sha256())"
     )
     result = subprocess.run(

@@ -81,7 +81,14 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    names = ("etap-flashinfer", "flashinfer-python", "apache-tvm-ffi", "sglang-kernel", "triton")
+    names = (
+        "etap-flashinfer",
+        "flashinfer-python",
+        "apache-tvm-ffi",
+        "sglang",
+        "sglang-kernel",
+        "triton",
+    )
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)

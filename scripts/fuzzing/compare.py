@@ -16,16 +16,17 @@ Where the error comes from, to first order, for one row:
     subtraction of the maximum, and the third for exp2. At logits of 1e4 delta is about 0.1: the
     weights are then uncertain by a tenth, whoever computes in float32, and where two tokens compete
     so is O. Where one token has all the weight O is not uncertain at all.
-2.  p. Weights 2^(S - max) are stored in PROBABILITY_PARTS parts of the type of the cache, hence
-    rounded by u^PROBABILITY_PARTS of themselves, or in fp16 by half the smallest subnormal number.
+2.  p. Weights 2^(S - max) are stored as a high and a low part of the type of the cache, hence
+    rounded by u^2 of themselves; those of requests longer than two_part_tokens() as the high part
+    alone, rounded by u. In fp16 either may lose half the smallest subnormal number.
 3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
 4.  O, rounded once to the output's type: the only error of an exact computation.
 
 Two criteria bound the output. By element, with certainty: 1 to 3 at their worst, put through the
-softmax, beside half a unit of the last place. And by RMSE over the rows whose weight rests on
-MIN_PARTICIPATION or more tokens (1 / sum p^2): RMSE_BOUND times that of rounding alone, beside 1 to
-3 as independent errors of the tokens, which average out over them. The first catches whatever is
-wrong by more than rounding anywhere, the second whatever is a little wrong everywhere.
+softmax, beside half a unit of the last place. And by RMSE over the rows whose weight rests on many
+tokens (1 / sum p^2 of them): RMSE_BOUND times that of rounding alone, beside 1 and 3 as independent
+errors of the tokens, which average out over them. The first catches whatever is wrong by more than
+rounding anywhere, the second whatever is a little wrong everywhere.
 """
 
 from __future__ import annotations
@@ -37,10 +38,17 @@ import torch
 
 from .tensors import HEAD_DIM_CKV, Group
 
-# The kernel keeps weights in a high and a low part. One that rounds them once has 1 here and about
-# 1.5 for RMSE_BOUND: two roundings of the same size, 1.41, and what the sample varies by.
-PROBABILITY_PARTS = 2
+# RMSE over that of rounding O alone, and the tokens on which the weight of a row must rest to be
+# held to it: for weights in two parts, and in one. One part is a second rounding of the size of the
+# first where values average out, 1.41 together; below some hundred tokens the sample varies more
+# than the bound leaves.
 RMSE_BOUND = 1.15
+MIN_PARTICIPATION = 16
+RMSE_BOUND_ONE_PART = 1.5
+MIN_PARTICIPATION_ONE_PART = 256
+# csrc/etap_mla_traits.cuh, kLongestSplitPRequest: of row tiles up to 32, and of 64.
+TWO_PART_TOKENS = 8192
+TWO_PART_TOKENS_64_ROWS = 1024
 
 SCORE_ROUNDOFF = 36 * 2.0**-24
 LOGIT_ROUNDOFF = 2.0**-23
@@ -48,7 +56,6 @@ EXP_ROUNDOFF = 2.0**-21
 SUM_ROUNDOFF = 2.0**-24
 FIXED_SUM_STEPS = 64  # over warps, parts of a split row tile and the normalisation
 LSE_ROUNDOFF = 2.0**-22
-MIN_PARTICIPATION = 16
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
@@ -60,7 +67,8 @@ class Exact:
 
     out: torch.Tensor
     lse: torch.Tensor  # natural
-    out_bound: torch.Tensor  # elementwise: how far arithmetic in float32 may lead
+    out_bound: torch.Tensor  # elementwise: how far float32 and the rounding of p may lead
+    arithmetic_bound: torch.Tensor  # the same without the rounding of p
     lse_bound: torch.Tensor
     participation: torch.Tensor  # 1 / sum p^2: tokens on which the weight rests
     uncertainty: torch.Tensor  # relative, of the sum of weights; the bounds mean little near 1
@@ -88,6 +96,16 @@ class Worst:
         return not max(self.element, self.rmse, self.lse) <= 1.0
 
 
+def two_part_tokens(heads: int, longest_query: int) -> int:
+    """Longest request whose weights are sure to be stored in two parts.
+
+    The wrapper takes the row tile for the longest query or for fewer queries, if it only knows
+    their number.
+    """
+    is_small = heads * longest_query <= 32
+    return TWO_PART_TOKENS if is_small else TWO_PART_TOKENS_64_ROWS
+
+
 def _norms(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values[..., :HEAD_DIM_CKV].norm(dim=-1), values[..., HEAD_DIM_CKV:].norm(dim=-1)
 
@@ -107,6 +125,7 @@ def exact(
     group: Group,
     causal: bool,
     sm_scale: float,
+    two_parts_up_to: int,
 ) -> Exact:
     """Attend in float64 from dense ``queries`` to dense rows of ``pool``, and bound the error."""
     heads, device = queries.shape[1], queries.device
@@ -137,17 +156,22 @@ def exact(
     change = growth * (1 - p) + p * (uncertainty - growth)
     change /= (1 - uncertainty).clamp(min=0.05)
     steps = visible.clamp(min=0) / 16 + FIXED_SUM_STEPS
+    change += p * steps * SUM_ROUNDOFF
     dtype = queries.dtype
-    change += p * (UNIT_ROUNDOFF[dtype] ** PROBABILITY_PARTS + steps * SUM_ROUNDOFF)
     if dtype == torch.float16:
         change += weights.clamp(max=SMALLEST[dtype] / 2) / divisor
     v = k[..., :HEAD_DIM_CKV]
+    has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None, None]
+    unit = UNIT_ROUNDOFF[dtype]
+    arithmetic_bound = change @ v.abs()
+    storing_bound = torch.where(has_two_parts, unit**2, unit) * (p @ v.abs())
     log_total = torch.where(total > 0, divisor.log() + top, -math.inf).squeeze(-1)
     lse_bound = uncertainty / (1 - uncertainty).clamp(min=0.05) + steps * SUM_ROUNDOFF
     return Exact(
         out=p @ v,
         lse=log_total,
-        out_bound=change @ v.abs(),
+        out_bound=arithmetic_bound + storing_bound,
+        arithmetic_bound=arithmetic_bound,
         lse_bound=lse_bound.squeeze(-1),
         participation=1 / p.square().sum(-1).clamp(min=1e-300),
         uncertainty=uncertainty.squeeze(-1),
@@ -163,6 +187,7 @@ def compare(
     out: torch.Tensor,
     lse: torch.Tensor,
     lse_base_e: bool = False,
+    two_parts_up_to: int = 0,
 ) -> Worst:
     """Compare a result with float64; waits for nothing on a GPU.
 
@@ -178,13 +203,15 @@ def compare(
         As given to plan and run.
     out, lse : torch.Tensor
         The result.
+    two_parts_up_to : int
+        Length of requests up to which weights are in two parts; see :func:`two_part_tokens`.
     """
     zero = torch.zeros((), dtype=torch.float64, device=queries.device)
     worst = Worst(zero, zero, zero, zero, zero)
     shares, rows, squares, roundings = zero, zero, zero, zero
     smallest = SMALLEST[out.dtype] / 2
     for group in groups:
-        answer = exact(queries, pool, group, causal, sm_scale)
+        answer = exact(queries, pool, group, causal, sm_scale, two_parts_up_to)
         heads = queries.shape[1]
         is_row = group.is_row.repeat_interleave(heads, 1)
         given = out[group.rows].double().flatten(1, 2)
@@ -198,11 +225,14 @@ def compare(
         worst.lse = torch.maximum(worst.lse, _lse_ratio(given_lse, answer, is_row, lse_base_e))
         worst.uncertainty = torch.maximum(worst.uncertainty, _largest(answer.uncertainty, is_row))
 
-        judged = is_row & (answer.participation >= MIN_PARTICIPATION) & (answer.lse > -math.inf)
+        has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None]
+        enough = torch.where(has_two_parts, MIN_PARTICIPATION, MIN_PARTICIPATION_ONE_PART)
+        judged = is_row & (answer.participation >= enough) & (answer.lse > -math.inf)
         square = error.square().mean(-1)
         rounding = (answer.out.to(out.dtype).double() - answer.out).square().mean(-1)
-        averaged = answer.out_bound.square().mean(-1) / answer.participation
-        share = square / (RMSE_BOUND**2 * rounding + averaged + 1e-300)
+        averaged = answer.arithmetic_bound.square().mean(-1) / answer.participation
+        bound = torch.where(has_two_parts, RMSE_BOUND, RMSE_BOUND_ONE_PART)
+        share = square / (bound.square() * rounding + averaged + 1e-300)
         shares = shares + torch.where(judged, share, 0.0).sum()
         rows = rows + judged.sum()
         squares = squares + torch.where(judged, square, 0.0).sum()

@@ -1,0 +1,202 @@
+#!/usr/bin/env python
+"""Times SGLang's decode steps end to end with ``etap`` and with its own backends, on one GPU.
+
+    python scripts/bench_sglang.py                          the whole grid, about four minutes
+    python scripts/bench_sglang.py --backends etap flashmla --batches 16 --contexts 32768
+
+The model has the shapes that one GPU sees of DeepSeek-V3 under tensor parallelism 8: hidden size
+7168, 16 heads, the dense layers' MLP; random weights (``--load-format dummy``) and a random cache.
+Steps are timed by SGLang's own ``one_batch`` tools, one process a backend (sglang_eval/
+bench_worker.py says what differs), with CUDA graphs. The profiler gives attention's share.
+Writes the section "bench" of results/<gpu>/sglang.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from sglang_eval import evidence, plugin
+from sglang_eval.servers import environment, log
+
+BACKENDS = ("etap", "fa3", "flashmla", "flashinfer")
+K = 1024
+
+
+def model_config(layers: int) -> dict[str, Any]:
+    """DeepSeek-V3 as one of 8 GPUs sees it, with dense layers only."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 16160,
+        "hidden_size": 7168,
+        "intermediate_size": 2304,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_shared_experts": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": layers,
+        "moe_layer_freq": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rope_theta": 10000,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "use_cache": True,
+        "ep_size": 1,
+        "initializer_range": 0.02,
+        "pretraining_tp": 1,
+    }
+
+
+def worker_command(options: argparse.Namespace, backend: str, cases: pathlib.Path) -> list[str]:
+    longest = max(options.contexts) + 2 * K
+    values = {
+        "--model-path": options.work / "model",
+        "--load-format": "dummy",
+        "--attention-backend": backend,
+        "--sampling-backend": "pytorch",
+        "--grammar-backend": "none",
+        "--context-length": longest,
+        "--max-total-tokens": max(options.batches) * longest,
+        "--max-running-requests": max(options.batches),
+        "--cuda-graph-max-bs": max(options.batches),
+        "--mem-fraction-static": 0.88,
+        "--random-seed": 0,
+        "--cases-file": cases,
+        "--steps": options.steps,
+        "--end": time.time() + options.backend_budget,
+    }
+    flags = ["--skip-tokenizer-init", "--disable-flashinfer-autotune", "--disable-radix-cache"]
+    flags.append("--disable-prefill-cuda-graph")
+    command = [sys.executable, "-m", "sglang_eval.bench_worker", *flags]
+    command += [str(part) for pair in values.items() for part in pair]
+    command += ["--batches", *map(str, options.batches)]
+    return [*command, "--contexts", *map(str, options.contexts)]
+
+
+def run_backend(options: argparse.Namespace, backend: str) -> dict[str, Any] | None:
+    """Run one backend's process; its cases, or None if there are none."""
+    cases = options.work / f"cases.{backend}.json"
+    cases.unlink(missing_ok=True)
+    log_path = options.work / f"bench.{backend}.log"
+    log(f"{backend}: starting, log in {log_path}")
+    with open(log_path, "w") as output:
+        process = subprocess.Popen(
+            worker_command(options, backend, cases),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment(options.work),
+            start_new_session=True,
+        )
+        try:
+            status: int | str = process.wait(timeout=options.backend_budget + 45)
+        except subprocess.TimeoutExpired:
+            status = "none: out of time"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status != 0 or not cases.exists():
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-30:])
+        log(f"PROBLEM: {backend}: status {status}\n{tail}")
+    if not cases.exists():
+        return None
+    found: dict[str, Any] = json.loads(cases.read_text())
+    log(f"{backend}: {found['class']}, page size {found['page_size']}, {len(found['cases'])} cases")
+    return found
+
+
+def merged(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each batch and context, with every backend's figures."""
+    cases: dict[tuple[int, int], dict[str, Any]] = {}
+    for backend, content in found.items():
+        for case in content["cases"]:
+            key = (case["batch"], case["context"])
+            entry = cases.setdefault(key, {"batch": key[0], "context": key[1], "backends": {}})
+            figures = {k: v for k, v in case.items() if k not in ("batch", "context")}
+            entry["backends"][backend] = figures
+    return [cases[key] for key in sorted(cases)]
+
+
+def table(cases: list[dict[str, Any]], backends: list[str]) -> str:
+    """Step times and attention's share, and the fastest other backend's time over etap's."""
+    lines = ["batch context  " + "  ".join(f"{name:>22}" for name in backends) + "  best/etap"]
+    for case in cases:
+        cells = []
+        for name in backends:
+            figures = case["backends"].get(name)
+            share = figures and 100 * figures["attention_us"] / max(figures["gpu_us"], 1e-9)
+            cells.append(f"{figures['step_ms']:9.3f} ms, {share:4.0f} %" if figures else "-")
+        others = [f["step_ms"] for n, f in case["backends"].items() if n != "etap"]
+        ours = case["backends"].get("etap", {}).get("step_ms")
+        ratio = f"{min(others) / ours:9.3f}" if ours and others else "        -"
+        row = f"{case['batch']:5d} {case['context'] // K:6d}K  "
+        lines.append(row + "  ".join(f"{cell:>22}" for cell in cells) + f"  {ratio}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 16, 64))
+    parser.add_argument("--contexts", nargs="+", type=int, default=(4 * K, 32 * K, 64 * K))
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=33)
+    parser.add_argument("--backend-budget", type=float, default=110.0, help="seconds each (110)")
+    parser.add_argument("--work", type=pathlib.Path, help="logs and caches; temporary if not given")
+    parser.add_argument("--out", type=pathlib.Path, help="results/<gpu>/sglang.json")
+    options = parser.parse_args(arguments)
+    options.work = options.work or pathlib.Path(tempfile.mkdtemp(prefix="etap_sglang_"))
+    plugin.ensure_discoverable()
+    (options.work / "model").mkdir(parents=True, exist_ok=True)
+    config = model_config(options.layers)
+    (options.work / "model" / "config.json").write_text(json.dumps(config))
+    found: dict[str, dict[str, Any]] = {}
+    for backend in options.backends:
+        content = run_backend(options, backend)
+        if content is not None:
+            found[backend] = content
+    cases = merged(found)
+    print(table(cases, list(found)))
+    if not cases:
+        return 1
+    settings = {name: {k: c[k] for k in ("class", "page_size")} for name, c in found.items()}
+    section = {"layers": options.layers, "backends": settings, "cases": cases}
+    print(f"written: {evidence.update(options.out, 'bench', section)}")
+    return 0 if set(found) == set(options.backends) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the scripts that need SGLang share: a tiny checkpoint, servers, evidence."""

@@ -1,0 +1,75 @@
+"""The evidence file ``results/<gpu>/sglang.json``: one section for each script that adds to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+from decode_bench import evidence
+
+SECTIONS = ("kit", "compare", "bench")
+BENCH_KEYS = ("step_ms", "tokens_per_s", "gpu_us", "attention_us")
+TOP_KEYS = ("csrc_sha256", "device", "versions", "date")
+
+
+def schema_errors(content: dict[str, Any]) -> list[str]:
+    """What is wrong with an evidence file, one line each; empty when it keeps to the schema."""
+    errors = [f"{key} is missing" for key in TOP_KEYS if key not in content]
+    for name in SECTIONS:
+        section = content.get(name, {})
+        errors += [
+            f"{name}: {key} is missing"
+            for key in ("date", "command")
+            if section and key not in section
+        ]
+    for index, case in enumerate(content.get("bench", {}).get("cases", [])):
+        for key in ("batch", "context", "backends"):
+            if key not in case:
+                errors.append(f"bench: case {index}: {key} is missing")
+        for name, figures in case.get("backends", {}).items():
+            errors += [
+                f"bench: case {index}: {name} has no {key}"
+                for key in BENCH_KEYS
+                if key not in figures
+            ]
+    return errors
+
+
+def update(path: pathlib.Path | None, section: str, content: dict[str, Any]) -> pathlib.Path:
+    """Put a section into the evidence file, and keep those measured with the same sources.
+
+    Parameters
+    ----------
+    path : pathlib.Path, optional
+        ``results/<gpu>/sglang.json`` if not given.
+    section : str
+        One of ``SECTIONS``.
+    content : dict
+        What was found. Date and command are added.
+
+    Returns
+    -------
+    pathlib.Path
+        The file written.
+    """
+    if section not in SECTIONS:
+        raise ValueError(f"section is {section!r}; allowed: {', '.join(SECTIONS)}")
+    path = path or evidence.default_directory() / "sglang.json"
+    header = evidence.header(evidence.check_sources_match(), None)
+    del header["read_ceiling_gbps"]
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    kept = {}
+    if before.get("csrc_sha256") == header["csrc_sha256"]:
+        kept = {name: before[name] for name in SECTIONS if name in before}
+    command = shlex.join(["python", *sys.argv])
+    kept[section] = {"date": header["date"], "command": command, **content}
+    text = json.dumps({**header, **kept}, indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+    return path

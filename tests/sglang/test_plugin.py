@@ -1,0 +1,136 @@
+"""Registration: what SGLang knows once its plugins are loaded, and how failures are said."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+
+def test_backend_is_a_choice_once(plugin):
+    from sglang.srt import server_args
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    plugin.register()
+    assert server_args.ATTENTION_BACKEND_CHOICES.count("etap") == 1
+    assert ATTENTION_BACKENDS["etap"] is plugin.create
+
+
+def test_hooks_are_applied(plugin):
+    assert plugin.missing_hooks() == []
+
+
+def test_prefix_cache_in_chunks_is_kept(resolve):
+    assert resolve("--attention-backend", "etap").disable_chunked_prefix_cache is False
+
+
+@pytest.mark.parametrize("flag", ["--attention-backend", "--decode-attention-backend"])
+def test_page_size_is_64_by_default(resolve, flag):
+    assert resolve(flag, "etap").page_size == 64
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 32, 64, 128])
+def test_page_size_given_is_kept(resolve, page_size):
+    view = resolve("--attention-backend", "etap", "--page-size", str(page_size))
+    assert view.page_size == page_size
+
+
+def test_other_backends_keep_their_page_size(resolve):
+    assert resolve("--attention-backend", "triton").page_size == 1
+    assert resolve("--attention-backend", "flashmla").page_size == 64
+
+
+def test_decode_alone(resolve):
+    view = resolve("--decode-attention-backend", "etap", "--prefill-attention-backend", "triton")
+    assert view.decode_attention_backend == "etap"
+    assert view.prefill_attention_backend == "triton"
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_cache_is_refused_with_advice(resolve, dtype):
+    with pytest.raises(ValueError, match=f"etap.*{dtype}.*flashmla"):
+        resolve("--attention-backend", "etap", "--kv-cache-dtype", dtype)
+
+
+def test_models_call_it_with_parts_and_flashmlas_choice_of_prefill(plugin):
+    from sglang.srt.models.deepseek_common import attention_backend_handler, utils
+
+    plugin._prepare_models()
+    plugin._prepare_models.cache_clear()
+    plugin._prepare_models()
+    handler = attention_backend_handler.AttentionBackendRegistry.get_handler("etap")
+    assert handler is attention_backend_handler.handle_attention_flashmla
+    assert utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS.count("etap") == 1
+
+
+def test_models_without_latent_attention_are_refused(plugin):
+    with pytest.raises(ValueError, match="latent attention"):
+        plugin.create(types.SimpleNamespace(use_mla_backend=False))
+
+
+def test_half_a_registration_is_an_error(plugin, monkeypatch):
+    unhooked = "sglang.srt.arg_groups.overrides.run_post_process_pass"
+    monkeypatch.setattr(plugin, "PAGE_SIZE_PASS", unhooked)
+    with pytest.raises(RuntimeError, match=f"only in part.*{unhooked}"):
+        plugin.create(types.SimpleNamespace(use_mla_backend=True))
+
+
+def test_a_failing_registration_is_logged_with_what_it_means(plugin, monkeypatch, caplog):
+    def fail(version):
+        raise ImportError("no such thing")
+
+    monkeypatch.setattr(plugin, "_register", fail)
+    plugin.register()
+    assert "will not accept --attention-backend etap" in caplog.text
+    assert "no such thing" in caplog.text
+
+
+def test_old_versions_are_refused(plugin, monkeypatch, caplog):
+    from sglang_patch import compat
+
+    monkeypatch.setattr(compat, "sglang_version", lambda: "0.5.15.post1")
+    with pytest.raises(RuntimeError, match=r"0\.5\.15\.post1 is too old"):
+        plugin.create(types.SimpleNamespace(use_mla_backend=True))
+    plugin._register.__wrapped__("0.5.15.post1")
+    assert "too old" in caplog.text
+
+
+def test_installed_version_is_served_without_a_word(plugin):
+    from sglang_patch import compat
+
+    version = compat.sglang_version()
+    assert version is not None
+    assert compat.version_refusal(version) is None
+    assert compat.version_warning(version) is None
+    assert compat.version_warning("0.5.24") is not None
+    assert compat.version_warning("0.6.0rc1") is not None
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_draft_factory_makes_our_backends(plugin, monkeypatch, kind):
+    """The hook adds ``etap`` to the factory's map, in the form this version wants."""
+    import inspect
+
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    from sglang_patch import backend
+
+    monkeypatch.setattr(backend, "EtapMLABackend", lambda *a, **k: "single")
+    monkeypatch.setattr(backend, "EtapMultiStepDraftBackend", lambda *a, **k: "multi-step")
+    factory = DraftBackendFactory.__new__(DraftBackendFactory)
+    factory.draft_model_runner = None
+    factory.topk, factory.speculative_num_steps = 1, 3
+    maps = []
+
+    def original(self, backend_name, backend_map, error_template, stamps_children=False):
+        maps.append(backend_map)
+
+    unhooked = inspect.unwrap(DraftBackendFactory._create_backend)
+    is_stamped = "stamps_children" in inspect.signature(unhooked).parameters
+    original.__signature__ = inspect.signature(unhooked)
+    theirs = {"flashmla": getattr(factory, f"_create_flashmla_{kind}_backend")}
+    plugin._create_draft_backend(original, factory, "decode_attention_backend", theirs, "error")
+    made = maps[0]["etap"]()
+    expected = "multi-step" if kind == "decode" else "single"
+    assert made == (("etap", expected) if is_stamped else expected)
+    assert "etap" not in theirs

@@ -1,0 +1,278 @@
+"""The logic of the scripts that need SGLang and a GPU, as far as it runs without either."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import bench_sglang
+import compare_sglang
+import make_tiny_checkpoint
+import pytest
+import readme_tables
+import torch
+from sglang_eval import broken, evidence, servers, workload
+from sglang_eval.bench_worker import is_attention
+from sglang_eval.workload import Answer, Difference
+
+K = 1024
+
+
+def answer(tokens, logprobs, top=None) -> Answer:
+    top = top or [{token: value} for token, value in zip(tokens, logprobs, strict=True)]
+    return Answer(list(tokens), list(logprobs), top)
+
+
+# Comparing answers
+
+
+def test_equal_answers_do_not_differ():
+    one = answer([5, 6], [-0.5, -1.0])
+    assert workload.difference([one], [one]) == Difference(1, 0, 0.0, 0.0, 2)
+
+
+def test_logprobs_are_compared_up_to_where_choices_part():
+    first = answer([5, 6, 7], [-0.5, -1.0, -9.0], [{5: -0.5}, {6: -1.0, 8: -1.1}, {7: -9.0}])
+    second = answer([5, 8, 9], [-0.6, -1.05, -1.0], [{5: -0.6}, {8: -1.05, 6: -1.2}, {9: -1.0}])
+    found = workload.difference([first], [second])
+    assert found.worst_logprob == pytest.approx(0.1)
+    assert found.worst_gap == pytest.approx(0.15)
+    assert (found.diverged, found.compared_tokens) == (1, 1)
+
+
+def test_a_token_that_the_other_thinks_impossible_is_an_infinite_gap():
+    found = workload.difference([answer([5], [-0.5])], [answer([6], [-0.5])])
+    assert found.worst_gap == float("inf")
+    assert not compare_sglang.is_within(found, Difference(worst_gap=5.0, worst_logprob=5.0))
+
+
+def test_without_logprobs_the_other_answer_says_the_gap():
+    silent = Answer([5, 8], [], [])
+    spoken = answer([5, 6], [-0.5, -1.0], [{5: -0.5}, {6: -1.0, 8: -1.3}])
+    for pair in ((silent, spoken), (spoken, silent)):
+        found = workload.difference([pair[0]], [pair[1]])
+        assert found.worst_gap == pytest.approx(0.3)
+        assert found.compared_tokens == 1
+
+
+def test_answers_of_unequal_length_differ():
+    found = workload.difference([answer([5], [-0.5])], [answer([5, 6], [-0.5, -1.0])])
+    assert found.worst_gap == float("inf")
+
+
+def test_nothing_compared_is_not_agreement():
+    assert not compare_sglang.is_within(Difference(), Difference(worst_logprob=1.0))
+    total = compare_sglang.total_difference({}, {"short": []})
+    assert not compare_sglang.is_within(total, Difference(worst_logprob=1.0))
+
+
+def test_bound_is_what_peers_differ_by():
+    among = Difference(requests=1, worst_logprob=0.1, compared_tokens=9)
+    assert compare_sglang.is_within(Difference(1, 0, 0.19, 0.0, 9), among)
+    assert not compare_sglang.is_within(Difference(1, 0, 0.21, 0.0, 9), among)
+
+
+def test_workload_has_every_kind_of_request():
+    groups = {group.name: group for group in workload.groups(quick=False)}
+    assert len(groups["concurrent"].prompts) == 64
+    assert min(map(len, groups["long"].prompts)) > 32 * K
+    shared = groups["shared prefix"].prompts
+    assert all(prompt[:3000] == shared[0][:3000] for prompt in shared)
+    assert len({tuple(prompt) for prompt in shared}) == len(shared)
+    assert len({prompt[-1] for prompt in groups["context"].prompts}) == 1
+    assert workload.prompt("x", 9) == workload.prompt("x", 9) != workload.prompt("y", 9)
+    assert len(workload.groups(quick=True)) < len(groups)
+
+
+def test_broken_backend_loses_a_token(monkeypatch):
+    pytest.importorskip("triton")
+    from sglang_patch.metadata import IndexBuffers
+
+    added = []
+    monkeypatch.setattr(IndexBuffers, "fill", lambda self, rows, lens, extra=0: added.append(extra))
+    broken.register()
+    IndexBuffers.fill(None, None, None)
+    IndexBuffers.fill(None, None, None, added_tokens=3)
+    assert added == [-1, 2]
+
+
+def test_broken_plugin_is_found_on_the_path(tmp_path, monkeypatch):
+    import importlib.metadata
+
+    monkeypatch.syspath_prepend(str(broken.write_distribution(tmp_path)))
+    points = importlib.metadata.entry_points(group="sglang.srt.plugins", name="etap_broken")
+    assert [point.load() for point in points] == [broken.register]
+
+
+# Servers
+
+
+def make_server(tmp_path, monkeypatch, program: str) -> servers.Server:
+    script = tmp_path / "fake.py"
+    script.write_text(program)
+    popen = servers.subprocess.Popen
+    monkeypatch.setattr(
+        servers.subprocess, "Popen", lambda _, **named: popen([sys.executable, script], **named)
+    )
+    return servers.Server("fake", ["--x"], tmp_path)
+
+
+def test_a_server_that_dies_is_said_with_its_log(tmp_path, monkeypatch):
+    server = make_server(tmp_path, monkeypatch, "print('out of luck'); raise SystemExit(3)")
+    with pytest.raises(servers.ServerError, match=r"(?s)status 3.*out of luck"):
+        server.wait_until_ready(time.monotonic() + 60)
+
+
+def test_a_server_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
+    program = (
+        "import os, signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(servers, "STOP_SECONDS", 0.5)
+    server = make_server(tmp_path, monkeypatch, program)
+    with servers.running([server], time.monotonic() + 2.0) as ready:
+        assert ready == {}
+    assert server.process.poll() is not None
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as status:
+            return status.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_servers_keep_their_caches_and_stay_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    found = servers.environment(tmp_path)
+    assert found["TRITON_CACHE_DIR"] == "/elsewhere"
+    assert found["HF_HUB_OFFLINE"] == "1"
+    assert found["FLASHINFER_WORKSPACE_BASE"].startswith(str(tmp_path))
+    assert found["PYTHONPATH"].split(os.pathsep)[0].endswith("scripts")
+
+
+# Checkpoint
+
+
+def test_checkpoint_is_the_same_for_the_same_seed():
+    first, second = make_tiny_checkpoint.make_weights(0), make_tiny_checkpoint.make_weights(0)
+    other = make_tiny_checkpoint.make_weights(1)
+    assert first.keys() == other.keys()
+    name = "model.layers.0.self_attn.kv_b_proj.weight"
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first[name], other[name])
+    assert first[name].dtype == torch.bfloat16
+
+
+def test_checkpoint_has_an_mtp_layer_with_experts():
+    names = make_tiny_checkpoint.make_weights(0).keys()
+    layer = f"model.layers.{make_tiny_checkpoint.CONFIG['num_hidden_layers']}"
+    for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm", "mlp.experts.7.up_proj"):
+        assert f"{layer}.{name}.weight" in names
+
+
+# Benchmark
+
+
+def bench_case(batch=16, context=32 * K, **step_ms) -> dict:
+    figures = {"tokens_per_s": 100.0, "gpu_us": 1000.0, "attention_us": 250.0}
+    backends = {name: {"step_ms": value, **figures} for name, value in step_ms.items()}
+    return {"batch": batch, "context": context, "backends": backends}
+
+
+def test_attention_kernels_are_told_from_others():
+    for name in (
+        "etap_mla_kernel<Traits>",
+        "etap_mla_merge_kernel",
+        "flash_fwd_splitkv_mla_kernel",
+    ):
+        assert is_attention(name)
+    for name in ("set_mla_kv_buffer_kernel", "_fill_kernel", "nvjet_tst_64x8", "fused_rope_kernel"):
+        assert not is_attention(name)
+
+
+def test_backends_cases_are_merged():
+    case = {"batch": 1, "context": 4, "step_ms": 1.0}
+    found = {"etap": {"cases": [case]}, "fa3": {"cases": [case | {"step_ms": 2.0}]}}
+    merged = bench_sglang.merged(found)
+    assert merged == [
+        {"batch": 1, "context": 4, "backends": {"etap": {"step_ms": 1.0}, "fa3": {"step_ms": 2.0}}}
+    ]
+
+
+def test_table_shows_every_backend_and_gaps():
+    lines = bench_sglang.table([bench_case(etap=2.0, fa3=3.0)], ["etap", "fa3", "flashmla"])
+    assert "1.500" in lines
+    assert "25 %" in lines
+    assert lines.splitlines()[1].split()[-2] == "-"
+
+
+# Evidence
+
+
+@pytest.fixture
+def updated(tmp_path, monkeypatch):
+    """A function that adds a section to an evidence file as if measured on a GPU."""
+    header = {
+        "csrc_sha256": "a" * 64,
+        "device": "NVIDIA H200",
+        "versions": {"sglang": "0.5.16"},
+        "date": "2026-11-21T10:00:00+00:00",
+        "read_ceiling_gbps": None,
+    }
+    decode_bench = evidence.evidence
+    monkeypatch.setattr(decode_bench, "check_sources_match", lambda: header["csrc_sha256"])
+    monkeypatch.setattr(decode_bench, "header", lambda csrc, _: header | {"csrc_sha256": csrc})
+    path = tmp_path / "h200" / "sglang.json"
+
+    def update(section, content, csrc="a" * 64):
+        header["csrc_sha256"] = csrc
+        evidence.update(path, section, content)
+        return json.loads(path.read_text())
+
+    return update
+
+
+def test_sections_are_kept_while_the_sources_are_the_same(updated):
+    updated("kit", {"passed": {"decode": 3}})
+    both = updated("bench", {"cases": [bench_case(etap=1.0)]})
+    assert both["kit"]["passed"] == {"decode": 3}
+    assert evidence.schema_errors(both) == []
+    alone = updated("bench", {"cases": []}, csrc="b" * 64)
+    assert "kit" not in alone
+    with pytest.raises(ValueError, match="section is 'x'"):
+        updated("x", {})
+
+
+def test_schema_misses_what_is_missing(updated):
+    content = updated("bench", {"cases": [bench_case(etap=1.0)]})
+    del content["device"], content["bench"]["command"]
+    del content["bench"]["cases"][0]["backends"]["etap"]["gpu_us"]
+    errors = " ".join(evidence.schema_errors(content))
+    assert "device is missing" in errors
+    assert "command is missing" in errors
+    assert "etap has no gpu_us" in errors
+
+
+def test_readme_table_before_and_after_the_evidence(updated):
+    readme = "<!-- table:sglang -->\n<!-- /table:sglang -->\n"
+    assert "Not measured yet." in readme_tables.render(readme, {})
+    bench = {
+        "backends": {"etap": {}, "fa3": {}},
+        "cases": [bench_case(etap=2.0, fa3=3.0), bench_case(batch=64, fa3=4.0)],
+    }
+    text = readme_tables.render(readme, {"sglang": updated("bench", bench)})
+    assert "| 16 x 32K | 100 | 2.00 (25 %) | 3.00 (25 %) | 1.50 |" in text
+    assert "| 64 x 32K | - | - | 4.00 (25 %) | - |" in text
+    assert "SGLang 0.5.16" in text
