@@ -58,8 +58,11 @@ def build_versions(nvcc: str) -> dict[str, str]:
 def _install(library: Path, directory: Path) -> None:
     """Copy a library into the directory, so that no reader ever finds it half written."""
     partial = directory / f".{library.name}.{os.getpid()}.partial"
-    shutil.copyfile(library, partial)
-    partial.replace(directory / library.name)
+    try:
+        shutil.copyfile(library, partial)
+        partial.replace(directory / library.name)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def build_all(
@@ -121,6 +124,10 @@ def _write_manifest(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
         "modules": {variant.short_name: f"{variant.name}.so" for variant in listed},
+        "sha256": {
+            f"{variant.name}.so": jit.file_sha256(directory / f"{variant.name}.so")
+            for variant in listed
+        },
     }
     partial = directory / f".{jit.AOT_MANIFEST}.{os.getpid()}.partial"
     partial.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -161,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_all(options.variants, options.out, options.jobs, options.verbose)
     except jit.EtapJitError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: --out {options.out} can't be written: {error}", file=sys.stderr)
         return 1
     print(f"{len(options.variants)} modules in {options.out}; set {jit.AOT_DIR_ENV}={options.out}")
     return 0

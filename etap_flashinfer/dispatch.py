@@ -54,15 +54,13 @@ def choose_kv_loader(page_size: int) -> KvLoader:
 
 def etap_device_refusal(device: torch.device) -> str | None:
     """Say why the ETAP kernel can't run on ``device``; None if it can."""
+    needed = "it runs on Hopper GPUs (compute capability 9.0)"
     if device.type != "cuda":
-        return f"it runs on Hopper GPUs (compute capability 9.0), and the workspace is on {device}"
+        return f"{needed}, not on {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability != HOPPER:
         major, minor = capability
-        return (
-            f"it runs on Hopper GPUs (compute capability 9.0), and {device} has compute "
-            f"capability {major}.{minor}"
-        )
+        return f"{needed}, and {device} has compute capability {major}.{minor}"
     return None
 
 
@@ -92,29 +90,3 @@ def etap_problem_refusal(
     if not 1 <= num_heads <= MAX_NUM_HEADS:
         return f"got num_heads {num_heads}; allowed: 1 to {MAX_NUM_HEADS}"
     return None
-
-
-def is_supported(
-    device: torch.device,
-    num_heads: int,
-    head_dim_ckv: int,
-    head_dim_kpe: int,
-    q_data_type: torch.dtype,
-    kv_data_type: torch.dtype,
-) -> bool:
-    """Whether ``backend="auto"`` takes the ETAP kernel for such a problem on ``device``.
-
-    Parameters
-    ----------
-    device : torch.device
-        The workspace's device.
-    num_heads, head_dim_ckv, head_dim_kpe : int
-        As given to ``plan``.
-    q_data_type, kv_data_type : torch.dtype
-        As given to ``plan``.
-    """
-    return (
-        etap_device_refusal(device) is None
-        and etap_problem_refusal(num_heads, head_dim_ckv, head_dim_kpe, q_data_type, kv_data_type)
-        is None
-    )

@@ -4,7 +4,8 @@ Every variant of the kernel (dtype, row tile, way of loading the cache) is one m
 under ``csrc`` and a configuration rendered for the variant are copied to FlashInfer's directory of
 generated sources and compiled for sm_90a by :func:`flashinfer.jit.gen_jit_spec`; nothing is ever
 written into the package. The name of a module carries a hash of the sources, so that an upgrade
-never loads a stale build.
+never loads a stale build. A library's own hash is noted beside it when its build has ended, and
+nothing is loaded that does not agree with it: a build that was cut off starts anew.
 
 With ``ETAP_FLASHINFER_AOT_DIR`` set to a directory that ``python -m etap_flashinfer.aot`` wrote,
 modules are loaded from there, which needs neither nvcc nor flashinfer.
@@ -26,6 +27,7 @@ from typing import Any, get_args
 
 import torch
 
+from . import dispatch, stock
 from .dispatch import HOPPER, ROW_TILES, KvLoader
 
 AOT_DIR_ENV = "ETAP_FLASHINFER_AOT_DIR"
@@ -35,6 +37,7 @@ _SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CPP_DTYPES = {torch.bfloat16: "cutlass::bfloat16_t", torch.float16: "cutlass::half_t"}
 _CPP_KV_LOADERS = {"tma": "kTma", "gather": "kGather"}
 _TEMPLATE_SUFFIX = ".jinja"
+_DIGEST_SUFFIX = ".sha256"
 _BUILD_LOG_LINES = 30
 _BUILD_LOG_COLUMNS = 500
 
@@ -135,18 +138,9 @@ def _flashinfer_jit() -> SimpleNamespace:
         from flashinfer.compilation_context import CompilationContext
         from flashinfer.jit import core, cpp_ext, env, utils
     except Exception as error:  # a broken dependency raises anything, not only ImportError
-        if isinstance(error, ModuleNotFoundError) and error.name == "flashinfer":
-            raise EtapJitError(
-                "flashinfer is not installed, and compiling the ETAP kernels needs it: "
-                "pip install 'etap-flashinfer[flashinfer]', or set "
-                f"{AOT_DIR_ENV} to modules built ahead of time"
-            ) from error
-        raise EtapJitError(
-            "flashinfer is installed but does not import: "
-            f"{type(error).__name__}: {error}. FlashInfer 0.6.14 beside nvidia-cutlass-dsl does "
-            "not import on a machine without a GPU: use flashinfer-python 0.7.2.post1 or later "
-            f"there, or set {AOT_DIR_ENV} to modules built ahead of time"
-        ) from error
+        instead = f"set {AOT_DIR_ENV} to modules built ahead of time"
+        message = stock.import_failure(error, "compiling the ETAP kernels", instead)
+        raise EtapJitError(message) from error
     return SimpleNamespace(
         CompilationContext=CompilationContext,
         core=core,
@@ -283,19 +277,67 @@ def _no_nvcc(reason: str) -> str:
 
 @contextmanager
 def _explained_build(jit: SimpleNamespace, variant: EtapMlaVariant) -> Iterator[None]:
-    """Check the tools, aim FlashInfer at Hopper, and say what to do when a build or load fails."""
+    """Check the tools, aim FlashInfer at Hopper, and say what to do when a build fails."""
     cuda_home = _check_build_tools(jit)
     try:
         with _hopper_target(jit):
             yield
+    except EtapJitError:
+        raise
+    except OSError as error:
+        raise EtapJitError(
+            f"building {variant.name} in the JIT cache {jit.env.FLASHINFER_JIT_DIR} failed: "
+            f"{error}. The cache must be writable and have room; FLASHINFER_WORKSPACE_BASE puts it "
+            f"elsewhere, and modules built ahead of time ({AOT_DIR_ENV}) need none"
+        ) from error
     except RuntimeError as error:
         lines = str(error).splitlines()[-_BUILD_LOG_LINES:]
         log = "\n".join(line[:_BUILD_LOG_COLUMNS] for line in lines)
         raise EtapJitError(
-            f"building or loading {variant.name} failed. The CUDA toolkit in use is {cuda_home}; "
-            "set CUDA_HOME if that is not the directory that holds bin/nvcc, include and lib64. "
-            f"The last lines of the build:\n{log}"
+            f"building {variant.name} failed. The CUDA toolkit in use is {cuda_home}; set "
+            "CUDA_HOME if that is not the directory that holds bin/nvcc, include and lib64. The "
+            f"last lines of the build:\n{log}"
         ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is the one that a build left behind when it had ended."""
+    digest = library.with_suffix(_DIGEST_SUFFIX)
+    return library.is_file() and digest.is_file() and digest.read_text() == file_sha256(library)
+
+
+def _note_digest(library: Path) -> None:
+    partial = library.with_suffix(f"{_DIGEST_SUFFIX}.partial")
+    partial.write_text(file_sha256(library))
+    partial.replace(library.with_suffix(_DIGEST_SUFFIX))
+
+
+@contextmanager
+def _built_library(variant: EtapMlaVariant, verbose: bool) -> Iterator[Path]:
+    """Compile a variant unless it is there and up to date.
+
+    FlashInfer's lock on the module is held until the context ends, so that no process loads what
+    another is still writing.
+    """
+    from filelock import FileLock
+
+    jit = _flashinfer_jit()
+    with _explained_build(jit, variant):
+        spec = gen_etap_mla_module(variant)
+        library = Path(spec.jit_library_path)
+        with FileLock(spec.lock_path, thread_local=False):
+            # Ninja trusts what its log says it has finished, but a crash, or a disk that was full,
+            # may have left less than that of a library and of the object file it was linked from.
+            if not _is_whole(library):
+                shutil.rmtree(spec.build_dir, ignore_errors=True)
+            spec.build(verbose=verbose, need_lock=False)
+            _note_digest(library)
+            yield library
 
 
 def build_etap_mla_module(variant: EtapMlaVariant, verbose: bool = False) -> Path:
@@ -315,49 +357,35 @@ def build_etap_mla_module(variant: EtapMlaVariant, verbose: bool = False) -> Pat
     Raises
     ------
     EtapJitError
-        If flashinfer, nvcc or ninja is missing or the build fails.
+        If flashinfer, nvcc or ninja is missing, the cache can't be written or the build fails.
     """
-    jit = _flashinfer_jit()
-    spec = gen_etap_mla_module(variant)
-    with _explained_build(jit, variant):
-        spec.build(verbose=verbose, need_lock=True)
-    return Path(spec.jit_library_path)
+    with _built_library(variant, verbose) as library:
+        return library
 
 
 def compile_command(variant: EtapMlaVariant) -> list[str]:
     """The nvcc command that compiles a variant's object file, for tools that look into it."""
     jit = _flashinfer_jit()
-    spec = gen_etap_mla_module(variant)
     with _explained_build(jit, variant):
+        spec = gen_etap_mla_module(variant)
         return shlex.split(spec.get_compile_commands()[0]["command"])
 
 
-def require_hopper(device: torch.device | int | None = None) -> None:
-    """Check that a device is a Hopper GPU (compute capability 9.0).
-
-    Parameters
-    ----------
-    device : torch.device or int, optional
-        The device; without it, one of the visible devices must be one.
+def require_hopper() -> None:
+    """Check that one of the visible devices is a Hopper GPU.
 
     Raises
     ------
     EtapJitError
-        If it is not; the message names the capability found.
+        If none is; the message says what each of them is.
     """
-    advice = "use backend='auto' or 'fa2' for stock FlashInfer, or backend='reference'"
-    if not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    refusals = [dispatch.etap_device_refusal(device) for device in devices]
+    if None not in refusals:
         raise EtapJitError(
-            "the ETAP kernels run on Hopper GPUs (compute capability 9.0), and PyTorch sees no "
-            f"GPU here: {advice}. `python -m etap_flashinfer.aot` compiles without a GPU"
-        )
-    devices = range(torch.cuda.device_count()) if device is None else [device]
-    capabilities = [torch.cuda.get_device_capability(each) for each in devices]
-    if HOPPER not in capabilities:
-        found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
-        raise EtapJitError(
-            "the ETAP kernels run on Hopper GPUs (compute capability 9.0), and "
-            f"{'the visible GPUs have' if device is None else f'{device} has'} {found}: {advice}"
+            f"the ETAP kernel can't be loaded here: {'; '.join(map(str, refusals))}. Use "
+            "backend='auto' or 'reference'; `python -m etap_flashinfer.aot` compiles without a GPU"
         )
 
 
@@ -368,12 +396,13 @@ def aot_library_path(variant: EtapMlaVariant, directory: Path) -> Path:
     ------
     EtapJitError
         If the directory has no readable manifest, was built from other sources, or lacks the
-        variant.
+        variant, or if the library is not the one that the manifest names.
     """
     rebuild = f"run `python -m etap_flashinfer.aot --out {directory}` with this version"
     try:
         manifest = json.loads((directory / AOT_MANIFEST).read_text())
         built_from, libraries = manifest["csrc_sha256"], manifest["modules"]
+        digests = manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EtapJitError(
             f"{AOT_DIR_ENV}={directory} holds no readable {AOT_MANIFEST} "
@@ -390,6 +419,11 @@ def aot_library_path(variant: EtapMlaVariant, directory: Path) -> Path:
             f"{AOT_DIR_ENV}={directory} lacks {variant.short_name}; it lists "
             f"{', '.join(libraries) or 'no variant'}: {rebuild}"
         )
+    if digests.get(path.name) != file_sha256(path):
+        raise EtapJitError(
+            f"{path} is not the library that {AOT_MANIFEST} names: cut off, or of another build: "
+            f"{rebuild}"
+        )
     return path
 
 
@@ -401,7 +435,7 @@ def _load_library(path: Path) -> Any:
     except Exception as error:  # tvm_ffi raises its own types for what dlopen reports
         raise EtapJitError(
             f"{path} does not load: {type(error).__name__}: {error}. It needs apache-tvm-ffi and "
-            "the CUDA runtime, in the versions that the manifest beside it names or compatible ones"
+            "the CUDA runtime in the versions it was built with, or compatible ones"
         ) from error
 
 
@@ -409,12 +443,9 @@ def _load_library(path: Path) -> Any:
 def _load_module(variant: EtapMlaVariant, aot_dir: str | None) -> Any:
     if aot_dir:
         return _load_library(aot_library_path(variant, Path(aot_dir)))
-    jit = _flashinfer_jit()
-    spec = gen_etap_mla_module(variant)
-    with _explained_build(jit, variant):
-        # Builds and loads under FlashInfer's file lock, so that a library another process is
-        # still writing is never loaded.
-        return spec.build_and_load()
+    verbose = os.environ.get("FLASHINFER_JIT_VERBOSE") == "1"
+    with _built_library(variant, verbose) as library:
+        return _load_library(library)
 
 
 def get_etap_mla_module(variant: EtapMlaVariant) -> Any:

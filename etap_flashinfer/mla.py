@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import dispatch, planning, reference, stock, validation
+from . import dispatch, index_values, planning, reference, stock, validation
 from .planning import IndexTensors, Plan
 from .validation import Problem
 
@@ -116,6 +116,7 @@ class BatchMLAPagedAttentionWrapper:
             self._graph_buffers = validation.checked_graph_buffers(*self._buffers, self.device)
         self._is_planned = False
         self._plan: Plan | None = None  # of ETAP or the reference
+        self._checked_index: index_values.CheckedIndex | None = None  # of a plan with validate
         # Stock wrappers made so far, by backend, and the one that serves the current plan.
         self._stock_wrappers: dict[str, Any] = {}
         self._stock: Any = None
@@ -172,6 +173,7 @@ class BatchMLAPagedAttentionWrapper:
         skip_softmax: bool = False,
         enable_pdl: bool | None = None,
         use_sinks: bool = False,
+        validate: bool | None = None,
     ) -> None:
         """Take the index tensors and the shape of the problem for the calls of ``run`` that follow.
 
@@ -216,6 +218,12 @@ class BatchMLAPagedAttentionWrapper:
 skip_softmax, use_sinks
             Served by stock FlashInfer only: ``backend="auto"`` turns to it, ``"etap"`` and
             ``"reference"`` refuse.
+        validate : bool, optional
+            Whether to check the values of index tensors on the GPU too, with every backend: that
+            offsets do not decrease and lengths and pages are possible. ``run`` then holds its
+            queries and cache against them as they were here. This copies to the host and waits.
+            The environment variable ``ETAP_FLASHINFER_VALIDATE=1`` turns it on where this is not
+            given. Without it the kernel clamps what is out of range.
 
         Raises
         ------
@@ -259,6 +267,12 @@ skip_softmax, use_sinks
             }
         )
         self._is_planned = False  # a plan that fails leaves none behind
+        self._checked_index = None
+        has_index = metadata is not None or any(tensor is not None for tensor in index.values())
+        if index_values.is_wanted(validate) and (validate or has_index):
+            self._checked_index = index_values.check(
+                *planning.csr_tensors(index, metadata), page_size, self.device
+            )
         if self._is_always_stock:
             self._plan_stock(index, metadata, problem, options)
             if self._requested_backend == "auto":
@@ -372,6 +386,8 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
         # Stock FlashInfer's cutlass backend alone runs without a plan.
         if not self._is_planned and self._requested_backend != "cutlass":
             raise RuntimeError("run() was called before plan(), or after a plan() that failed")
+        if self._checked_index is not None:
+            self._checked_index.check_run(_leading(q_nope, query), _leading(ckv_cache, kv_cache))
         if self._stock is not None:
             inputs = {
                 "q_nope": q_nope,
@@ -516,6 +532,13 @@ def _run_reference(
     out.copy_(exact_out)
     if lse is not None:
         lse.copy_(exact_lse)
+
+
+def _leading(part: Any, packed: Any) -> int | None:
+    """First dimension of the queries or the cache, in whichever way they were given."""
+    value = packed if part is None else part
+    tensor = value[0] if isinstance(value, tuple) and value else value
+    return tensor.shape[0] if isinstance(tensor, torch.Tensor) and tensor.ndim else None
 
 
 def _split(problem: Problem, name: str, value: Any, first: Any, second: Any) -> tuple[Any, Any]:

@@ -11,6 +11,37 @@ import torch
 BACKENDS = ("fa2", "fa3", "cutlass")
 
 
+def import_failure(error: Exception, use: str, instead: str) -> str:
+    """Say why importing flashinfer failed and what to do.
+
+    Parameters
+    ----------
+    error : Exception
+        What the import raised.
+    use : str
+        What needs flashinfer.
+    instead : str
+        What works without it, as an imperative.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name == "flashinfer":
+        return (
+            f"{use} needs flashinfer, which is not installed: pip install "
+            f"'etap-flashinfer[flashinfer]', or {instead}"
+        )
+    if isinstance(error, OSError):
+        return (
+            f"{use} needs flashinfer, which writes to its cache directory when it is imported, and "
+            f"that failed: {error}. Set FLASHINFER_WORKSPACE_BASE to a directory that is writable "
+            f"and has room, or {instead}"
+        )
+    return (
+        f"{use} needs flashinfer, which is installed but does not import: "
+        f"{type(error).__name__}: {error}. FlashInfer 0.6.14 beside nvidia-cutlass-dsl does not "
+        "import on a machine without a GPU: use flashinfer-python 0.7.2.post1 or later there, or "
+        f"{instead}"
+    )
+
+
 def import_flashinfer_mla() -> Any:
     """Import ``flashinfer.mla``.
 
@@ -22,17 +53,8 @@ def import_flashinfer_mla() -> Any:
     try:
         return importlib.import_module("flashinfer.mla")
     except Exception as error:  # a broken dependency raises anything, not only ImportError
-        if isinstance(error, ModuleNotFoundError) and error.name == "flashinfer":
-            raise ImportError(
-                "this backend is stock FlashInfer's, and flashinfer is not installed: "
-                "pip install flashinfer-python, or use backend='etap' (Hopper) or 'reference'"
-            ) from error
-        raise ImportError(
-            "this backend is stock FlashInfer's, and flashinfer does not import: "
-            f"{type(error).__name__}: {error}. FlashInfer 0.6.14 beside nvidia-cutlass-dsl does "
-            "not import on a machine without a GPU; use flashinfer-python 0.7.2.post1 or later "
-            "there, or backend='reference'"
-        ) from error
+        instead = "use backend='etap' (Hopper) or 'reference'"
+        raise ImportError(import_failure(error, "a stock backend", instead)) from error
 
 
 def make_wrapper(

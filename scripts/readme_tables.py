@@ -5,7 +5,8 @@
     python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
-batch-context, shapes, validation, sglang. The last one says so while nothing was measured.
+batch-context, shapes, validation, sglang, reliability. The last two say so while nothing was
+measured.
 Evidence is stale when it was measured with other kernel sources than those under csrc/.
 """
 
@@ -111,6 +112,28 @@ def validation_table(found: Found) -> str:
     return markdown(["check", "outcome"], rows) + provenance(validation)
 
 
+def reliability_table(found: Found) -> str:
+    """Random calls against float64 and the cost of validate, as far as they were measured."""
+    rows, sources = [], []
+    if "fuzz" in found:
+        sources.append(found["fuzz"])
+        for run in found["fuzz"]["runs"]:
+            worst = max(run["worst"][key] for key in ("element", "rmse", "lse"))
+            text = f"{run['mismatches']} mismatches; largest error {worst:.2f} of what is allowed"
+            rows.append(
+                [f"{run['cases']:,} random calls against float64 (seed {run['seed']})", text]
+            )
+    if "plan_check" in found:
+        sources.append(found["plan_check"])
+        for plan in found["plan_check"]["plans"]:
+            shape = f"{plan['batch']} x {report.tokens(plan['context'])}, page {plan['page_size']}"
+            text = f"{plan['us']:.0f} us, with `validate=True` {plan['us_validated']:.0f} us"
+            rows.append([f"`plan()` of {shape}", text])
+    if not rows:
+        return "Not measured yet.\n"
+    return markdown(["what", "outcome"], rows) + "".join(dict.fromkeys(map(provenance, sources)))
+
+
 def sglang_table(found: Found) -> str:
     """Time of a decode step end to end, and attention's share of the GPU's time, by backend."""
     bench = found.get("sglang", {}).get("bench")
@@ -143,6 +166,7 @@ TABLES = {
     "shapes": ("decode", shapes_table),
     "validation": ("validation", validation_table),
     "sglang": (None, sglang_table),
+    "reliability": (None, reliability_table),
 }
 
 
@@ -151,7 +175,7 @@ def load_evidence(directory: pathlib.Path) -> Found:
     return {
         path.stem: json.loads(path.read_text())
         for path in sorted(directory.glob("*.json"))
-        if path.stem in ("decode", "validation", "sglang")
+        if path.stem in ("decode", "validation", "sglang", "fuzz", "plan_check")
     }
 
 

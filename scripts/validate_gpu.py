@@ -2,7 +2,8 @@
 """Validates the kernels on a Hopper GPU and writes the evidence, results/<gpu>/validation.json.
 
 Builds all kernel variants in parallel (unless ETAP_FLASHINFER_AOT_DIR already names a directory of
-them), runs tests/gpu, and runs small cases under compute-sanitizer's memcheck and racecheck.
+them), runs tests/gpu, and runs small cases of every variant under compute-sanitizer's tools, all of
+them at the same time.
 
     python scripts/validate_gpu.py
     python scripts/validate_gpu.py --out /tmp/out --skip-sanitizer -- -k "not large_pool"
@@ -22,12 +23,19 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from decode_bench import evidence
 
-# Both types run the same code but for conversions, and racecheck is slow: it sees bf16 only.
-SANITIZER_TOOLS = {"memcheck": (), "racecheck": ("--dtype", "bf16")}
+# racecheck is slow: each variant runs once.
+SANITIZER_TOOLS = {
+    "memcheck": (),
+    "racecheck": ("--heads", "4", "8", "16", "32", "--page-size", "1", "64"),
+    "synccheck": (),
+    "initcheck": (),
+}
 SANITIZER_ERROR = 9
 TAIL_LINES = 25
 
@@ -42,7 +50,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--skip-tests", action="store_true", help="sanitizer only")
     parser.add_argument("--skip-sanitizer", action="store_true", help="tests only")
     parser.add_argument(
-        "--sanitizer-timeout", type=float, default=240, help="seconds for each tool"
+        "--sanitizer-timeout", type=float, default=300, help="seconds for each tool"
+    )
+    parser.add_argument(
+        "--sanitizer-tools",
+        nargs="+",
+        choices=sorted(SANITIZER_TOOLS),
+        default=list(SANITIZER_TOOLS),
+        metavar="TOOL",
+        help=f"default: all of {', '.join(SANITIZER_TOOLS)}",
     )
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     return parser.parse_args(arguments)
@@ -104,6 +120,16 @@ def as_case(recorded: dict[str, Any]) -> dict[str, Any]:
     return {key: case[key] for key in (*evidence.CASE_KEYS, "test")}
 
 
+def run_sanitizers(
+    tools: list[str], child: dict[str, str], timeout: float
+) -> Iterator[tuple[str, str]]:
+    """Tools and their outcomes, in the order in which they end."""
+    with ThreadPoolExecutor(len(tools)) as pool:
+        pending = {pool.submit(run_sanitizer, tool, child, timeout): tool for tool in tools}
+        for done in as_completed(pending):
+            yield pending[done], done.result()
+
+
 def run_sanitizer(tool: str, child: dict[str, str], timeout: float) -> str:
     """Outcome of one compute-sanitizer tool on the small cases: "clean" or what happened."""
     program = shutil.which("compute-sanitizer")
@@ -125,11 +151,17 @@ def run_sanitizer(tool: str, child: dict[str, str], timeout: float) -> str:
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
         text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        print("\n".join(text.splitlines()[-TAIL_LINES:]))
+        print_tail(tool, text)
         return f"not finished after {timeout:.0f} s"
-    print("\n".join(done.stdout.splitlines()[-TAIL_LINES:]))
-    print(f"{tool}: status {done.returncode} after {time.monotonic() - started:.0f} s", flush=True)
+    seconds = time.monotonic() - started
+    print_tail(tool, f"{done.stdout}\nstatus {done.returncode} after {seconds:.0f} s")
     return sanitizer_outcome(done.returncode, done.stdout)
+
+
+def print_tail(tool: str, output: str) -> None:
+    """The last lines, in one piece: the tools run at the same time."""
+    lines = [f"{tool}: {line}" for line in output.splitlines()[-TAIL_LINES:]]
+    print("\n".join(lines), flush=True)
 
 
 def sanitizer_outcome(status: int, output: str) -> str:
@@ -167,8 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
     result |= {"tests": counts, "sanitizer": {}, "cases": cases}
     evidence.write(path, result)  # kept even if a sanitizer run is cut short
     if not options.skip_sanitizer:
-        for tool in SANITIZER_TOOLS:
-            result["sanitizer"][tool] = run_sanitizer(tool, child, options.sanitizer_timeout)
+        tools, timeout = options.sanitizer_tools, options.sanitizer_timeout
+        for tool, outcome in run_sanitizers(tools, child, timeout):
+            result["sanitizer"][tool] = outcome
             evidence.write(path, result)
     ratios = [case["rmse"] / case["rmse_rounding"] for case in cases if case["rmse_rounding"]]
     print(f"tests: {counts}")

@@ -60,7 +60,7 @@ def test_aot_module_loads_without_nvcc_and_flashinfer(nvcc, tmp_path):
     code = (
         "import sys; sys.modules['flashinfer'] = None\n"
         "from etap_flashinfer import jit\n"
-        "jit.require_hopper = lambda device=None: None\n"
+        "jit.require_hopper = lambda: None\n"
         "module = jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
         "assert module is jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
         "module.run, module.workspace_bytes\n"
@@ -76,7 +76,7 @@ def test_two_processes_compile_and_load_at_the_same_time(nvcc, tmp_path):
     environment.pop(jit.AOT_DIR_ENV, None)
     code = (
         "from etap_flashinfer import jit\n"
-        "jit.require_hopper = lambda device=None: None\n"
+        "jit.require_hopper = lambda: None\n"
         "module = jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
         "module.run, module.workspace_bytes\n"
     )

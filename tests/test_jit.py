@@ -209,7 +209,7 @@ _GENERATE = (
 
 def test_flashinfer_missing():
     result = run_python(f"import sys; sys.modules['flashinfer'] = None\n{_GENERATE}")
-    assert "flashinfer is not installed" in result.stdout
+    assert "flashinfer, which is not installed" in result.stdout
     assert "pip install 'etap-flashinfer[flashinfer]'" in result.stdout
 
 
@@ -265,19 +265,21 @@ def test_disabled_jit(csrc, fake_cuda, monkeypatch):
 def set_gpus(monkeypatch, *capabilities):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
+    )
 
 
 def test_no_gpu(monkeypatch):
     set_gpus(monkeypatch)
-    with pytest.raises(jit.EtapJitError, match=r"sees no GPU here.*backend='reference'"):
+    with pytest.raises(jit.EtapJitError, match=r"not on cpu. Use backend='auto' or 'reference'"):
         jit.get_etap_mla_module(VARIANT)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0), (12, 0)])
 def test_gpu_is_not_hopper(monkeypatch, capability):
     set_gpus(monkeypatch, capability)
-    found = f"have {capability[0]}.{capability[1]}: use backend='auto'"
+    found = f"has compute capability {capability[0]}.{capability[1]}. Use backend='auto'"
     with pytest.raises(jit.EtapJitError, match=re.escape(found)):
         jit.get_etap_mla_module(VARIANT)
 
@@ -285,9 +287,9 @@ def test_gpu_is_not_hopper(monkeypatch, capability):
 def test_one_of_several_gpus_is_hopper(monkeypatch):
     set_gpus(monkeypatch, (8, 0), (9, 0))
     jit.require_hopper()
-    jit.require_hopper(1)
-    with pytest.raises(jit.EtapJitError, match=re.escape("0 has 8.0")):
-        jit.require_hopper(0)
+    set_gpus(monkeypatch, (8, 0), (10, 0))
+    with pytest.raises(jit.EtapJitError, match=r"cuda:0 has .* 8.0; .*cuda:1 has .* 10.0\."):
+        jit.require_hopper()
 
 
 # --- modules built ahead of time ------------------------------------------------------------------

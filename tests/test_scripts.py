@@ -8,12 +8,16 @@ import json
 import math
 
 import bench_decode
+import bench_validate
 import pytest
 import readme_tables
 import sanitize_cases
 import torch
 import validate_gpu
 from decode_bench import evidence, grid, inputs, report
+
+import etap_flashinfer
+from etap_flashinfer import dispatch
 
 K = 1024
 
@@ -189,6 +193,19 @@ def test_sanitizer_case_is_a_right_reference():
     assert (expected[3] == 0).all()
     assert run[2].isnan().any(), "the tails of last pages are poisoned"
     assert expected[0].abs().max() > 0
+
+
+def test_plan_times(monkeypatch, capsys):
+    """On the reference backend, whose plans are the same."""
+    monkeypatch.setattr(bench_validate, "SHAPES", ((1, 100, 64), (3, 50, 1)))
+    workspace = torch.empty(16, dtype=torch.uint8)
+    wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace, backend="reference")
+    plans = bench_validate.measure(wrapper, "cpu", 1)
+    assert [(plan["batch"], plan["context"], plan["page_size"]) for plan in plans] == list(
+        bench_validate.SHAPES
+    )
+    assert all(plan["us"] > 0 and plan["us_validated"] > 0 for plan in plans)
+    assert "3 x 50, page 1:" in capsys.readouterr().out
 
 
 # Evidence
@@ -376,6 +393,28 @@ def test_readme_tables_are_written_once_and_then_checked(project):
     assert readme_tables.main([*arguments, "--check"]) == 0
 
 
+def test_reliability_table_takes_what_there_is(project):
+    arguments, readme, results = project
+    readme.write_text(readme_with("reliability"))
+    assert readme_tables.main(arguments) == 0
+    assert "Not measured yet" in readme.read_text()
+    assert readme_tables.main([*arguments, "--check"]) == 0
+    worst = {"element": 0.91, "rmse": 0.87, "lse": 0.2, "rmse_over_rounding": 58.0}
+    run = {"seed": 7, "cases": 20_000, "mismatches": 0, "worst": worst}
+    fresh = make_evidence(csrc_sha256=evidence.csrc_sha256(), read_ceiling_gbps=None)
+    evidence.write(results / "fuzz.json", fresh | {"runs": [run]})
+    assert readme_tables.main([*arguments, "--check"]) == 1
+    assert readme_tables.main(arguments) == 0
+    text = "| 20,000 random calls against float64 (seed 7) | 0 mismatches; largest error 0.91 of"
+    assert text in readme.read_text()
+    plan = {"batch": 16, "context": 65_536, "page_size": 1, "us": 40.0, "us_validated": 250.4}
+    evidence.write(results / "plan_check.json", fresh | {"plans": [plan]})
+    assert readme_tables.main(arguments) == 0
+    written = readme.read_text()
+    assert "| `plan()` of 16 x 64K, page 1 | 40 us, with `validate=True` 250 us |" in written
+    assert written.count("NVIDIA H200") == 1
+
+
 def test_stale_evidence_fails_the_check(project, capsys):
     arguments, _, results = project
     readme_tables.main(arguments)
@@ -430,6 +469,35 @@ def test_table_without_evidence_fails(project, capsys):
 )
 def test_sanitizer_outcomes(status, output, outcome):
     assert validate_gpu.sanitizer_outcome(status, output).startswith(outcome)
+
+
+@pytest.mark.parametrize("arguments", validate_gpu.SANITIZER_TOOLS.values(), ids=" ".join)
+def test_sanitizer_cases_reach_every_variant(arguments, monkeypatch, capsys):
+    """With the CPU in the place of the GPU; the row tile follows from the mean query length."""
+    used = {}
+
+    class Wrapper:
+        _kernels = used
+
+        def __init__(self, workspace, backend):
+            pass
+
+    def run_case(heads, page_size, dtype, seed, wrapper):
+        row_tile = dispatch.choose_row_tile(heads, 2)
+        used[sanitize_cases.DTYPES[dtype], row_tile, dispatch.choose_kv_loader(page_size)] = None
+        return True
+
+    monkeypatch.setattr("etap_flashinfer.BatchMLAPagedAttentionWrapper", Wrapper)
+    monkeypatch.setattr(sanitize_cases, "run_case", run_case)
+    monkeypatch.setattr(sanitize_cases.torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(sanitize_cases.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("sys.argv", ["sanitize_cases.py", *arguments])
+    assert sanitize_cases.main() == 0
+    assert "variants not run: none" in capsys.readouterr().out
+    used.clear()
+    monkeypatch.setattr("sys.argv", ["sanitize_cases.py", "--heads", "4", "--page-size", "64"])
+    assert sanitize_cases.main() == 1
+    assert "bf16_n64_gather" in capsys.readouterr().out
 
 
 def test_missing_sanitizer_is_said(monkeypatch):

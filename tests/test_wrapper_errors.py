@@ -43,7 +43,7 @@ def make_reference() -> BatchMLAPagedAttentionWrapper:
         (None, {}, "float_workspace_buffer is a NoneType; it must be a torch.Tensor"),
         (torch.empty(4, 4).T[:2], {}, r"shape \[2, 4\] and strides \[1, 4\]; .* contiguous"),
         (torch.empty(4), {"backend": "fa4"}, "'fa4'; allowed: auto, etap, fa2, fa3, cutlass, ref"),
-        (torch.empty(4), {"backend": "etap"}, "compute capability 9.0.*workspace is on cpu; use"),
+        (torch.empty(4), {"backend": "etap"}, "compute capability 9.0.*not on cpu; use"),
         (torch.empty(4), {"backend": "fa3"}, "'fa3' runs on GPUs, and the workspace is on the CPU"),
         (torch.empty(4), {"use_cuda_graph": True}, "missing: qo_indptr, kv_indptr, kv_indices, kv"),
     ],
@@ -53,11 +53,15 @@ def test_constructor(workspace, arguments, message: str) -> None:
         BatchMLAPagedAttentionWrapper(workspace, **arguments)
 
 
-def test_etap_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_etap_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     refusal = dispatch.etap_device_refusal(torch.device("cuda:1"))
-    assert refusal is not None
-    assert "cuda:1 has compute capability 8.0" in refusal
+    if capability == (9, 0):
+        assert refusal is None
+    else:
+        assert refusal is not None
+        assert f"cuda:1 has compute capability {capability[0]}.{capability[1]}" in refusal
 
 
 @pytest.mark.parametrize(
@@ -367,7 +371,7 @@ def test_flashinfer_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError("No module named 'flashinfer'", name="flashinfer")
 
     monkeypatch.setattr(stock.importlib, "import_module", missing)
-    with pytest.raises(ImportError, match="flashinfer is not installed: pip install"):
+    with pytest.raises(ImportError, match="flashinfer, which is not installed: pip install"):
         stock.import_flashinfer_mla()
 
 

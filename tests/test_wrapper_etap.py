@@ -322,17 +322,6 @@ def test_choose_kv_loader() -> None:
     assert tma == list(range(8, 130, 8))
 
 
-@pytest.mark.parametrize(
-    ("capability", "is_supported"), [((9, 0), True), ((8, 0), False), ((10, 0), False)]
-)
-def test_is_supported(monkeypatch, capability: tuple[int, int], is_supported: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    problem = (16, 512, 64, torch.bfloat16, torch.bfloat16)
-    assert dispatch.is_supported(torch.device("cuda", 3), *problem) is is_supported
-    assert not dispatch.is_supported(torch.device("cpu"), *problem)
-    assert not dispatch.is_supported(torch.device("cuda", 3), 129, *problem[1:])
-
-
 def test_import_needs_torch_alone() -> None:
     code = (
         "import sys, etap_flashinfer, torch; "

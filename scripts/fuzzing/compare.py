@@ -1,0 +1,260 @@
+"""A result against float64, with a tolerance that follows from the arithmetic of the kernel.
+
+Notation: ``u`` is the unit roundoff of the output's type (2^-8 for bf16, 2^-11 for fp16), S the
+logits of a row, p = softmax(S), O = p V.
+
+Where the error comes from, to first order, for one row:
+
+1.  S. Products of two bf16 or fp16 numbers are exact in float32; 576 of them are summed in 36 steps
+    of 16, each of which may cut off one unit of the last place of the sum so far. By Cauchy-Schwarz
+    no partial sum exceeds |q_nope| |ckv| + |q_pe| |kpe|. So S is known to
+
+        delta = |sm_scale| * SCORE_ROUNDOFF * (|q_nope| |ckv_t| + |q_pe| |kpe_t|)
+                + LOGIT_ROUNDOFF * (|S_t| + max |S|) + EXP_ROUNDOFF
+
+    with the second term for the scale, itself rounded to float32, the product with it and the
+    subtraction of the maximum, and the third for exp2. At logits of 1e4 delta is about 0.1: the
+    weights are then uncertain by a tenth, whoever computes in float32, and where two tokens compete
+    so is O. Where one token has all the weight O is not uncertain at all.
+2.  p. Weights 2^(S - max) are stored as a high and a low part of the type of the cache, hence
+    rounded by u^2 of themselves; those of requests longer than two_part_tokens() as the high part
+    alone, rounded by u. In fp16 either may lose half the smallest subnormal number.
+3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
+4.  O, rounded once to the output's type: the only error of an exact computation.
+
+Two criteria bound the output. By element, with certainty: 1 to 3 at their worst, put through the
+softmax, beside half a unit of the last place. And by RMSE over the rows whose weight rests on many
+tokens (1 / sum p^2 of them): RMSE_BOUND times that of rounding alone, beside 1 and 3 as independent
+errors of the tokens, which average out over them. The first catches whatever is wrong by more than
+rounding anywhere, the second whatever is a little wrong everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from .tensors import HEAD_DIM_CKV, Group
+
+# RMSE over that of rounding O alone, and the tokens on which the weight of a row must rest to be
+# held to it: for weights in two parts, and in one. One part is a second rounding of the size of the
+# first where values average out, 1.41 together; below some hundred tokens the sample varies more
+# than the bound leaves.
+RMSE_BOUND = 1.15
+MIN_PARTICIPATION = 16
+RMSE_BOUND_ONE_PART = 1.5
+MIN_PARTICIPATION_ONE_PART = 256
+# csrc/etap_mla_traits.cuh, kLongestSplitPRequest: of row tiles up to 32, and of 64.
+TWO_PART_TOKENS = 8192
+TWO_PART_TOKENS_64_ROWS = 1024
+
+SCORE_ROUNDOFF = 36 * 2.0**-24
+LOGIT_ROUNDOFF = 2.0**-23
+EXP_ROUNDOFF = 2.0**-21
+SUM_ROUNDOFF = 2.0**-24
+FIXED_SUM_STEPS = 64  # over warps, parts of a split row tile and the normalisation
+LSE_ROUNDOFF = 2.0**-22
+
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+
+
+@dataclasses.dataclass
+class Exact:
+    """A group's float64 result, ``[requests, rows, ..]`` with rows = queries x heads."""
+
+    out: torch.Tensor
+    lse: torch.Tensor  # natural
+    out_bound: torch.Tensor  # elementwise: how far float32 and the rounding of p may lead
+    arithmetic_bound: torch.Tensor  # the same without the rounding of p
+    lse_bound: torch.Tensor
+    participation: torch.Tensor  # 1 / sum p^2: tokens on which the weight rests
+    uncertainty: torch.Tensor  # relative, of the sum of weights; the bounds mean little near 1
+
+
+@dataclasses.dataclass
+class Worst:
+    """The largest errors of a case, over what is allowed; 0-dimensional tensors until read."""
+
+    element: torch.Tensor | float = 0.0
+    rmse: torch.Tensor | float = 0.0
+    lse: torch.Tensor | float = 0.0
+    rmse_over_rounding: torch.Tensor | float = 0.0  # not judged
+    uncertainty: torch.Tensor | float = 0.0  # not judged
+
+    def stacked(self) -> torch.Tensor:
+        """All five as one tensor on the device, to read many cases with one copy."""
+        return torch.stack([getattr(self, field.name) for field in dataclasses.fields(self)])
+
+    @staticmethod
+    def read(values: list[float]) -> Worst:
+        return Worst(*values)
+
+    def is_mismatch(self) -> bool:
+        return not max(self.element, self.rmse, self.lse) <= 1.0
+
+
+def two_part_tokens(heads: int, longest_query: int) -> int:
+    """Longest request whose weights are sure to be stored in two parts.
+
+    The wrapper takes the row tile for the longest query or for fewer queries, if it only knows
+    their number.
+    """
+    is_small = heads * longest_query <= 32
+    return TWO_PART_TOKENS if is_small else TWO_PART_TOKENS_64_ROWS
+
+
+def _norms(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return values[..., :HEAD_DIM_CKV].norm(dim=-1), values[..., HEAD_DIM_CKV:].norm(dim=-1)
+
+
+def _visible(group: Group, causal: bool, heads: int) -> torch.Tensor:
+    """Tokens that each row sees, ``[requests, rows, 1]``; 0 or less for none."""
+    query = torch.arange(group.rows.shape[1], device=group.rows.device)
+    count = group.kv_lens[:, None].expand(group.rows.shape)
+    if causal:
+        count = torch.minimum(count, (group.kv_lens - group.q_lens)[:, None] + query + 1)
+    return count.repeat_interleave(heads, 1)[..., None]
+
+
+def exact(
+    queries: torch.Tensor,
+    pool: torch.Tensor,
+    group: Group,
+    causal: bool,
+    sm_scale: float,
+    two_parts_up_to: int,
+) -> Exact:
+    """Attend in float64 from dense ``queries`` to dense rows of ``pool``, and bound the error."""
+    heads, device = queries.shape[1], queries.device
+    visible = _visible(group, causal, heads)
+    token = torch.arange(group.slots.shape[1], device=device)
+    q = queries[group.rows].double().flatten(1, 2)
+    k = pool[group.slots].double()
+    # Rows of padding may be poison.
+    k = torch.where((token < group.kv_lens[:, None])[..., None], k, 0.0)
+    hidden = token >= visible
+
+    scores = (q @ k.mT).mul_(sm_scale).masked_fill_(hidden, -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    top.masked_fill_(top == -math.inf, 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    divisor = total.masked_fill(total == 0, 1.0)
+
+    (q_nope, q_pe), (k_nope, k_pe) = _norms(q), _norms(k)
+    delta = q_nope[..., None] * k_nope[:, None] + q_pe[..., None] * k_pe[:, None]
+    delta *= abs(sm_scale) * SCORE_ROUNDOFF
+    delta += LOGIT_ROUNDOFF * (scores.abs().masked_fill_(hidden, 0.0) + top.abs()) + EXP_ROUNDOFF
+    # By how much each weight may be larger (it can't be smaller by more), relative to their sum.
+    growth = torch.exp(scores + delta - top).sub_(weights).div_(divisor)
+    uncertainty = growth.sum(-1, keepdim=True)
+    p = weights / divisor
+    # |p'_t - p_t| for p' = (p + e) / (1 + sum e) and |e_t| <= growth_t.
+    change = growth * (1 - p) + p * (uncertainty - growth)
+    change /= (1 - uncertainty).clamp(min=0.05)
+    steps = visible.clamp(min=0) / 16 + FIXED_SUM_STEPS
+    change += p * steps * SUM_ROUNDOFF
+    dtype = queries.dtype
+    if dtype == torch.float16:
+        change += weights.clamp(max=SMALLEST[dtype] / 2) / divisor
+    v = k[..., :HEAD_DIM_CKV]
+    has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None, None]
+    unit = UNIT_ROUNDOFF[dtype]
+    arithmetic_bound = change @ v.abs()
+    storing_bound = torch.where(has_two_parts, unit**2, unit) * (p @ v.abs())
+    log_total = torch.where(total > 0, divisor.log() + top, -math.inf).squeeze(-1)
+    lse_bound = uncertainty / (1 - uncertainty).clamp(min=0.05) + steps * SUM_ROUNDOFF
+    return Exact(
+        out=p @ v,
+        lse=log_total,
+        out_bound=arithmetic_bound + storing_bound,
+        arithmetic_bound=arithmetic_bound,
+        lse_bound=lse_bound.squeeze(-1),
+        participation=1 / p.square().sum(-1).clamp(min=1e-300),
+        uncertainty=uncertainty.squeeze(-1),
+    )
+
+
+def compare(
+    queries: torch.Tensor,
+    pool: torch.Tensor,
+    groups: list[Group],
+    causal: bool,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lse_base_e: bool = False,
+    two_parts_up_to: int = 0,
+) -> Worst:
+    """Compare a result with float64; waits for nothing on a GPU.
+
+    Parameters
+    ----------
+    queries : torch.Tensor
+        ``[total queries, heads, 576]``.
+    pool : torch.Tensor
+        ``[slots, 576]``, poison where no request looks.
+    groups : list of Group
+        All requests that have queries.
+    causal, sm_scale, lse_base_e
+        As given to plan and run.
+    out, lse : torch.Tensor
+        The result.
+    two_parts_up_to : int
+        Length of requests up to which weights are in two parts; see :func:`two_part_tokens`.
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=queries.device)
+    worst = Worst(zero, zero, zero, zero, zero)
+    shares, rows, squares, roundings = zero, zero, zero, zero
+    smallest = SMALLEST[out.dtype] / 2
+    for group in groups:
+        answer = exact(queries, pool, group, causal, sm_scale, two_parts_up_to)
+        heads = queries.shape[1]
+        is_row = group.is_row.repeat_interleave(heads, 1)
+        given = out[group.rows].double().flatten(1, 2)
+        error = (given - answer.out).abs()
+        allowed = answer.out_bound + UNIT_ROUNDOFF[out.dtype] * (
+            answer.out.abs() + answer.out_bound
+        )
+        ratio = _largest(error / (allowed + smallest), is_row[..., None])
+        worst.element = torch.maximum(worst.element, ratio)
+        given_lse = lse[group.rows].double().flatten(1, 2)
+        worst.lse = torch.maximum(worst.lse, _lse_ratio(given_lse, answer, is_row, lse_base_e))
+        worst.uncertainty = torch.maximum(worst.uncertainty, _largest(answer.uncertainty, is_row))
+
+        has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None]
+        enough = torch.where(has_two_parts, MIN_PARTICIPATION, MIN_PARTICIPATION_ONE_PART)
+        judged = is_row & (answer.participation >= enough) & (answer.lse > -math.inf)
+        square = error.square().mean(-1)
+        rounding = (answer.out.to(out.dtype).double() - answer.out).square().mean(-1)
+        averaged = answer.arithmetic_bound.square().mean(-1) / answer.participation
+        bound = torch.where(has_two_parts, RMSE_BOUND, RMSE_BOUND_ONE_PART)
+        share = square / (bound.square() * rounding + averaged + 1e-300)
+        shares = shares + torch.where(judged, share, 0.0).sum()
+        rows = rows + judged.sum()
+        squares = squares + torch.where(judged, square, 0.0).sum()
+        roundings = roundings + torch.where(judged, rounding, 0.0).sum()
+    worst.rmse = (shares / rows.clamp(min=1)).sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
+    worst.rmse_over_rounding = torch.where(roundings > 0, squares / roundings, 0.0).sqrt()
+    return worst
+
+
+def _largest(ratio: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The largest ratio where it counts; NaN counts as infinite."""
+    return torch.where(where, ratio.nan_to_num(nan=math.inf, posinf=math.inf), 0.0).amax()
+
+
+def _lse_ratio(
+    given: torch.Tensor, answer: Exact, is_row: torch.Tensor, base_e: bool
+) -> torch.Tensor:
+    unit = 1.0 if base_e else 1 / math.log(2.0)
+    expected = answer.lse * unit
+    is_blind = expected == -math.inf
+    finite = torch.where(is_blind, 0.0, expected)
+    allowed = answer.lse_bound * unit + LSE_ROUNDOFF * (finite.abs() + 16)
+    ratio = (given - finite).abs() / allowed
+    right = torch.where(given == -math.inf, 0.0, math.inf)  # of rows that see no token
+    return _largest(torch.where(is_blind, right, ratio), is_row)

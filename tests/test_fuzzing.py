@@ -1,0 +1,304 @@
+"""The generator of random calls: what it draws, its answers, and that wrong results are caught.
+
+What scripts/fuzz_gpu.py does with the kernel is done here with the reference backend.
+"""
+
+import json
+import math
+from collections.abc import Callable
+
+import fuzz_gpu
+import pytest
+import torch
+from decode_bench import evidence
+from fuzzing import cases, compare, tensors
+
+from etap_flashinfer import BatchMLAPagedAttentionWrapper
+
+CPU = torch.device("cpu")
+SEED = 20261121
+
+
+def make_wrapper() -> BatchMLAPagedAttentionWrapper:
+    return BatchMLAPagedAttentionWrapper(torch.empty(16, dtype=torch.uint8), backend="reference")
+
+
+def judge(given: tensors.Tensors, two_parts_up_to: int = 8192) -> compare.Worst:
+    case = given.case
+    found = compare.compare(
+        given.queries,
+        given.pool,
+        given.groups,
+        case.causal,
+        case.sm_scale,
+        given.out,
+        given.lse,
+        case.lse_base_e,
+        two_parts_up_to,
+    )
+    return compare.Worst.read(found.stacked().tolist())
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_reference_backend_agrees_with_float64(first: int) -> None:
+    wrapper = make_wrapper()
+    for number in range(first, first + 10):
+        case = cases.draw_case(SEED, number, cases.CPU_LIMITS)
+        given = tensors.build(case, CPU)
+        tensors.run(wrapper, given)
+        found = judge(given)
+        assert not found.is_mismatch(), (number, found, case.describe())
+        assert found.uncertainty < 0.6, "the bounds would mean nothing"
+
+
+def test_draws_reach_everything() -> None:
+    drawn = [cases.draw_case(SEED, number, cases.GPU_LIMITS) for number in range(3000)]
+    for name, values in {
+        "dtype": cases.DTYPES,
+        "heads": cases.HEADS,
+        "page_size": cases.PAGE_SIZES,
+        "sm_scale": cases.SM_SCALES,
+        "pages": cases.PAGES,
+        "logits": cases.LOGITS,
+        "logit_target": cases.LOGIT_TARGETS,
+    }.items():
+        assert {getattr(case, name) for case in drawn} == set(values), name
+    for name in ("causal", "index_on_host", "graph_buffers", "packed", "lse_base_e", "validate"):
+        assert {getattr(case, name) for case in drawn} == {False, True}, name
+    for layout in ("cache_layout", "query_layout"):
+        layouts = [getattr(case, layout) for case in drawn]
+        for name in ("fused", "pe_first", "transposed"):
+            assert {getattr(each, name) for each in layouts} == {False, True}, name
+        assert any(each.lead and each.tail and each.spare_rows for each in layouts)
+    lengths = {length for case in drawn for length in case.kv_lens}
+    assert lengths >= {0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257}
+    assert sum(max(case.kv_lens) >= 100_000 for case in drawn) > 10
+    assert {length for case in drawn for length in case.q_lens} == set(range(10))
+    assert {len(case.kv_lens) for case in drawn} >= {1, 2, 33, 133, 400}
+    assert all(sum(case.kv_lens) <= cases.GPU_LIMITS.tokens for case in drawn)
+
+
+def test_a_case_is_repeated_by_its_number() -> None:
+    case = cases.draw_case(5, 77, cases.CPU_LIMITS)
+    assert case == cases.draw_case(5, 77, cases.CPU_LIMITS)
+    assert case != cases.draw_case(6, 77, cases.CPU_LIMITS)
+    first, second = (tensors.build(case, CPU) for _ in range(2))
+    for one, other in zip(first.inputs + first.index, second.inputs + second.index, strict=True):
+        assert one.stride() == other.stride()
+        assert torch.equal(one.contiguous().view(torch.int16), other.contiguous().view(torch.int16))
+
+
+def test_what_nobody_sees_is_poison() -> None:
+    """Pool and page table: everything that no length reaches."""
+    found = 0
+    for number in range(20):
+        case = cases.draw_case(SEED, number, cases.CPU_LIMITS)
+        if 0 in case.q_lens:  # its tokens count as unseen
+            continue
+        given = tensors.build(case, CPU)
+        table, ckv = given.index[2].tolist(), given.inputs[2]
+        seen = set()
+        for begin, length in zip(given.index[1].tolist(), case.kv_lens, strict=False):
+            for token in range(length):
+                page = table[begin + token // case.page_size]
+                seen.add((page, token % case.page_size))
+        for page in range(ckv.shape[0]):
+            for slot in range(case.page_size):
+                assert bool(ckv[page, slot].isfinite().all()) == ((page, slot) in seen)
+        found += 1
+    assert found > 5
+
+
+def plain_case(**changes: object) -> cases.Case:
+    """Normal values, a few hundred tokens on 16 heads: what a wrong kernel must not pass."""
+    case = cases.draw_case(1, 1, cases.CPU_LIMITS)
+    dense = cases.Layout(True, False, False, 0, 0, 0)
+    values = {
+        "dtype": "bf16",
+        "kv_dtype": "bf16",
+        "heads": 16,
+        "page_size": 16,
+        "causal": True,
+        "sm_scale": 192**-0.5,
+        "q_lens": (1, 2, 1),
+        "kv_lens": (500, 300, 0),
+        "pages": "scattered",
+        "logits": "normal",
+        "positive_ckv": False,
+        "ckv_exponent": 0,
+        "cache_layout": dense,
+        "query_layout": dense,
+        "out_tail": 0,
+        "graph_buffers": False,
+        "index_on_host": True,
+        "packed": False,
+        "lse_base_e": False,
+        "validate": False,
+    }
+    return cases.dataclasses.replace(case, **(values | changes))
+
+
+def run_plain(
+    before: Callable[[tensors.Tensors], None] = lambda given: None, **changes: object
+) -> tensors.Tensors:
+    given = tensors.build(plain_case(**changes), CPU)
+    before(given)
+    tensors.run(make_wrapper(), given)
+    return given
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_right_results_pass_close_to_rounding(dtype: str) -> None:
+    found = judge(run_plain(dtype=dtype, kv_dtype=dtype))
+    assert not found.is_mismatch()
+    assert found.rmse_over_rounding == pytest.approx(1.0, abs=0.01)
+    assert found.uncertainty < 1e-3
+
+
+def _drop_a_token(given: tensors.Tensors) -> None:
+    given.index[3][0] -= 1
+
+
+def _swap_pages(given: tensors.Tensors) -> None:
+    given.index[2][[3, -4]] = given.index[2][[-4, 3]]
+
+
+def _swap_pages_of_one_request(given: tensors.Tensors) -> None:
+    """Wrong under the causal mask only where a page is seen in part."""
+    given.index[2][[18, 19]] = given.index[2][[19, 18]]
+    given.index[3][1] -= 5
+
+
+def _read_another_slot(given: tensors.Tensors) -> None:
+    table = given.index[2]
+    ckv = given.inputs[2]
+    ckv[table[2], 5] = ckv[table[2], 6]
+
+
+@pytest.mark.parametrize(
+    "damage", [_drop_a_token, _swap_pages, _swap_pages_of_one_request, _read_another_slot]
+)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_wrong_tokens_are_caught(damage: Callable[[tensors.Tensors], None], dtype: str) -> None:
+    assert judge(run_plain(damage, dtype=dtype, kv_dtype=dtype)).is_mismatch()
+
+
+def test_wrong_causal_mask_is_caught() -> None:
+    given = run_plain(lambda given: setattr(given, "case", plain_case(causal=False)))
+    given.case = plain_case()
+    assert judge(given).is_mismatch()
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_rows_not_written_are_caught(row: int) -> None:
+    """Row 3 is of the empty request: 0 and -inf, not what was there before."""
+    given = run_plain()
+    given.out[row] = math.nan
+    assert judge(given).element == math.inf
+    given = run_plain()
+    given.lse[row, 7] = math.nan
+    assert judge(given).lse == math.inf
+    given = run_plain()
+    given.out[3, 2, 100] = 1e-20
+    assert judge(given).is_mismatch()
+
+
+def test_small_errors_are_caught() -> None:
+    given = run_plain()
+    given.out[1, 5, 17] *= 1 + 2.0**-6  # two units of the last place
+    assert judge(given).element > 1
+    given = run_plain()
+    given.lse += 1e-3
+    assert judge(given).lse > 1
+    given = run_plain(lse_base_e=True)
+    given.case = plain_case()
+    assert judge(given).lse > 1
+    given = run_plain()
+    random = torch.Generator().manual_seed(1)
+    noise = (
+        torch.randn(given.out.shape, generator=random) * given.out.float().square().mean().sqrt()
+    )
+    given.out += (noise * 2.0**-9).to(given.out.dtype)
+    assert judge(given).rmse > 1
+
+
+def test_weights_rounded_once_are_beyond_the_bound_of_two_parts() -> None:
+    """Rounding P to bf16 costs 1.1 to 1.5 times rounding alone: right only for long requests."""
+    given = run_plain(causal=False, q_lens=(1, 1, 1), kv_lens=(2000, 3000, 0))
+    scale = given.case.sm_scale
+    for group in given.groups:
+        answer = compare.exact(given.queries, given.pool, group, False, scale, 8192)
+        k = given.pool[group.slots].double().nan_to_num(0.0, 0.0, 0.0)
+        q = given.queries[group.rows].double().flatten(1, 2)
+        scores = (q @ k.mT) * scale
+        scores.masked_fill_(torch.arange(k.shape[1]) >= group.kv_lens[:, None, None], -math.inf)
+        top = scores.amax(-1, keepdim=True).clamp(min=-1e30)
+        weights = (scores - top).exp()
+        rounded = weights.bfloat16().double() @ k[..., :512]
+        total = weights.sum(-1, keepdim=True).clamp(min=1e-300)
+        given.out[group.rows.flatten()] = (
+            (rounded / total).to(given.out.dtype).view(-1, *given.out.shape[1:])
+        )
+        assert torch.allclose((weights @ k[..., :512]) / total, answer.out)
+    found = judge(given)
+    assert 1.1 < found.rmse_over_rounding < 1.5
+    assert found.rmse > 1
+    allowed = judge(given, two_parts_up_to=1000)
+    assert not allowed.is_mismatch()
+    assert allowed.rmse == pytest.approx(found.rmse_over_rounding / 1.5, rel=0.05)
+
+
+def test_two_parts_follow_the_row_tile() -> None:
+    assert compare.two_part_tokens(16, 2) == compare.TWO_PART_TOKENS
+    assert compare.two_part_tokens(16, 3) == compare.TWO_PART_TOKENS_64_ROWS
+    traits = (evidence.REPOSITORY / "csrc" / "etap_mla_traits.cuh").read_text()
+    rule = f"kRowTile <= 32 ? {compare.TWO_PART_TOKENS} : {compare.TWO_PART_TOKENS_64_ROWS};"
+    assert f"kLongestSplitPRequest = {rule}" in traits
+
+
+# The script
+
+
+def test_script_runs_and_repeats_a_case(capsys: pytest.CaptureFixture) -> None:
+    assert fuzz_gpu.main(["--device", "cpu", "--cases", "5", "--seed", "3"]) == 0
+    assert "5 cases in" in capsys.readouterr().out
+    assert fuzz_gpu.main(["--device", "cpu", "--case", "4", "--seed", "3"]) == 0
+    assert "whole: right" in capsys.readouterr().out
+
+
+def test_script_reports_what_is_wrong(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    right = tensors.run
+
+    def wrong(wrapper: object, given: tensors.Tensors) -> None:
+        if given.case.number == 7:
+            raise ValueError("no such page size")
+        right(wrapper, given)
+        if given.case.number == 6:
+            given.out[0, 0, 0] += 1
+
+    monkeypatch.setattr(tensors, "run", wrong)
+    assert fuzz_gpu.main(["--device", "cpu", "--first", "5", "--cases", "4", "--seed", "3"]) == 1
+    printed = capsys.readouterr().out
+    assert "MISMATCH --case 6 --seed 3 --device cpu | of what is allowed" in printed
+    assert "MISMATCH --case 7 --seed 3 --device cpu | ValueError: no such page size" in printed
+    assert "4 cases in" in printed
+    assert "2 mismatches" in printed
+    assert fuzz_gpu.main(["--device", "cpu", "--case", "6", "--seed", "3"]) == 1
+
+
+def test_script_needs_the_seed_of_a_case(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        fuzz_gpu.parse_arguments(["--case", "4"])
+    assert "--case needs the --seed" in capsys.readouterr().err
+
+
+def test_evidence_keeps_other_seeds_of_the_same_sources(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    path = tmp_path / "fuzz.json"
+    for seed, cases_run in ((1, 10), (2, 20), (1, 30)):
+        fuzz_gpu.write_evidence(path, "a" * 64, {"seed": seed, "cases": cases_run})
+    found = json.loads(path.read_text())
+    assert [(run["seed"], run["cases"]) for run in found["runs"]] == [(2, 20), (1, 30)]
+    assert evidence.schema_errors(found) == []
+    fuzz_gpu.write_evidence(path, "b" * 64, {"seed": 3, "cases": 1})
+    assert [run["seed"] for run in json.loads(path.read_text())["runs"]] == [3]
