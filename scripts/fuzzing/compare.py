@@ -50,7 +50,7 @@ MIN_PARTICIPATION_ONE_PART = 256
 TWO_PART_TOKENS = 8192
 TWO_PART_TOKENS_64_ROWS = 1024
 
-SCORE_ROUNDOFF = 36 * 2.0**-24
+SCORE_ROUNDOFF = 36 * 2.0**-23  # the tensor cores cut off: a whole unit of the last place a step
 LOGIT_ROUNDOFF = 2.0**-23
 EXP_ROUNDOFF = 2.0**-21
 SUM_ROUNDOFF = 2.0**-24
