@@ -13,8 +13,8 @@ Where the error comes from, to first order, for one row:
                 + LOGIT_ROUNDOFF * (|S_t| + max |S|) + EXP_ROUNDOFF
 
     with the second term for the scale, itself rounded to float32, the product with it and the
-    subtraction of the maximum, and the third for exp2. At logits of 1e4 delta is about 0.1: the
-    weights are then uncertain by a tenth, whoever computes in float32, and where two tokens compete
+    subtraction of the maximum, and the third for exp2. At logits of 1e4 delta is about 0.2: the
+    weights are then uncertain by a fifth, whoever computes in float32, and where two tokens compete
     so is O. Where one token has all the weight O is not uncertain at all.
 2.  p. Weights 2^(S - max) are stored as a high and a low part of the type of the cache, hence
     rounded by u^2 of themselves; those of requests longer than two_part_tokens() as the high part
