@@ -187,6 +187,7 @@ def is_running(pid: int) -> bool:
 
 def test_servers_keep_their_caches_and_stay_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    monkeypatch.delenv("FLASHINFER_WORKSPACE_BASE", raising=False)
     found = servers.environment(tmp_path)
     assert found["TRITON_CACHE_DIR"] == "/elsewhere"
     assert found["HF_HUB_OFFLINE"] == "1"
