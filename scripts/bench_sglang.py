@@ -26,6 +26,7 @@ import time
 from typing import Any
 
 from sglang_eval import evidence, plugin
+from sglang_eval.model import DEEPSEEK_V3
 from sglang_eval.servers import environment, log
 
 BACKENDS = ("etap", "fa3", "flashmla", "flashinfer")
@@ -34,46 +35,15 @@ K = 1024
 
 def model_config(layers: int) -> dict[str, Any]:
     """DeepSeek-V3 as one of 8 GPUs sees it, with dense layers only."""
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "torch_dtype": "bfloat16",
+    return DEEPSEEK_V3 | {
         "vocab_size": 16160,
         "hidden_size": 7168,
         "intermediate_size": 2304,
         "moe_intermediate_size": 256,
         "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "n_shared_experts": 1,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
         "first_k_dense_replace": layers,
-        "moe_layer_freq": 1,
-        "kv_lora_rank": 512,
         "q_lora_rank": 1536,
-        "qk_rope_head_dim": 64,
-        "qk_nope_head_dim": 128,
-        "v_head_dim": 128,
         "max_position_embeddings": 131072,
-        "rope_theta": 10000,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "use_cache": True,
-        "ep_size": 1,
-        "initializer_range": 0.02,
-        "pretraining_tp": 1,
     }
 
 

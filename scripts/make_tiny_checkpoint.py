@@ -21,49 +21,19 @@ import sys
 from typing import Any
 
 import torch
+from sglang_eval.model import DEEPSEEK_V3
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "torch_dtype": "bfloat16",
+CONFIG: dict[str, Any] = DEEPSEEK_V3 | {
     "vocab_size": 1024,
     "hidden_size": 1024,
     "intermediate_size": 2048,
     "moe_intermediate_size": 512,
     "num_hidden_layers": 3,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "n_shared_experts": 1,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
     "first_k_dense_replace": 3,  # every layer; the MTP layer has experts, as SGLang wants it
-    "moe_layer_freq": 1,
-    "kv_lora_rank": 512,
     "q_lora_rank": 384,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
     "max_position_embeddings": 65536,
-    "rope_theta": 10000,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "use_cache": True,
     "aux_loss_alpha": 0.001,
-    "ep_size": 1,
-    "initializer_range": 0.02,
     "num_nextn_predict_layers": 1,
-    "pretraining_tp": 1,
 }
 SCORE_STD = 2.5
 BIGRAM = 0.7  # weight of the permutation in the output layer
