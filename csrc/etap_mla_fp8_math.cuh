@@ -1,12 +1,16 @@
 /*
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
- * The math warpgroups over a cache of fp8. The schedule is that of etap_mla_kernel.cuh: pairs of
- * token tiles, a warpgroup takes S^T of one tile and half of d_v of both.
+ * The math warpgroups over a cache of fp8. Math warpgroup g = 0, 1, for each pair of token tiles
+ * (t, t + 1), of which the last may be a single tile:
  *
- * Here WGMMA's A operand (K, then V^T) comes from registers, and turns from e4m3 into fp16 on its
- * way there: exact, so nothing is quantised, and P in fp16 needs no second part. While a group of
- * WGMMAs runs, the operands of the next are converted and those of the one after it read.
+ *   S^T = K Q^T of tile t + g; its maxima over tokens -> shared memory
+ *   -- barrier --  r = reference near the running maxima; O^T[g] *= 2^(r_old - r)
+ *   P^T = 2^(S^T - r) of tile t + g -> shared memory
+ *   -- barrier --  O^T[g] += V^T[g] P^T of both tiles, where [g] is half of d_v
+ *
+ * WGMMA's A operand (K, then V^T) comes from registers, and turns from e4m3 into fp16 on its way
+ * there: exact, so nothing is quantised, and P in fp16 needs no second part.
  */
 #pragma once
 
@@ -14,29 +18,13 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 
+#include "etap_mla_fp8_operands.cuh"
 #include "etap_mla_fp8_queries.cuh"
 #include "etap_mla_fp8_traits.cuh"
 #include "etap_mla_loader.cuh"
 #include "etap_mla_output.cuh"
 
 namespace etap {
-
-// Two e4m3 codes, the lower or the upper of four, as two fp16.
-__device__ __forceinline__ uint32_t lower_codes_to_fp16(uint32_t codes) {
-  uint32_t pair;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }"
-      : "=r"(pair)
-      : "r"(codes));
-  return pair;
-}
-
-__device__ __forceinline__ uint32_t upper_codes_to_fp16(uint32_t codes) {
-  uint32_t pair;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high; }"
-      : "=r"(pair)
-      : "r"(codes));
-  return pair;
-}
 
 // The softmax subtracts a reference r from the scores (base 2), not their maximum: when it is set,
 // 8 below the maximum, and set anew when the maximum is more than 15 above it. So P is at most 2^15
@@ -61,13 +49,6 @@ class Fp8MathWarpgroup {
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kRows = Traits::kRowsPerThread;
   static constexpr int kStoreBlocks = kRowBlocks == 1 ? 1 : 2;  // row blocks that stmatrix stores
-
-  // Four 8 x 8 matrices of pairs of codes: A of two WGMMAs, of 16 columns or tokens each.
-  struct Codes {
-    uint32_t matrix[4];
-  };
-  // A of a WGMMA.
-  using Fragment = decltype(make_tensor<Operand>(Shape<_8>{}));
 
  public:
   __device__ Fp8MathWarpgroup(Params const& params, SharedStorage& shared)
@@ -150,7 +131,7 @@ class Fp8MathWarpgroup {
 
   // Reads 32 columns of this warp's 16 tokens: `columns` counts them over kpe, then ckv. Of 16
   // columns a lane gets four neighbours.
-  __device__ Codes load_keys(int32_t columns, int32_t lane) const {
+  __device__ Fp8Codes load_keys(int32_t columns, int32_t lane) const {
     bool const is_kpe = columns < 2;
     int32_t const box = is_kpe ? 0 : (columns + 2) / 4, part = is_kpe ? columns : (columns + 2) % 4;
     int32_t const token = warp_ * 16 + lane % 16, chunk = lane / 16;
@@ -159,33 +140,22 @@ class Fp8MathWarpgroup {
     int32_t const place =
         is_kpe ? swizzled_half_chunk(token, chunk) : 2 * swizzled_chunk(token, chunk);
     auto const* const row = shared_.ring + slot.index * Boxes::kElements + (place ^ (32 * part));
-    Codes codes;
+    Fp8Codes codes;
     SM75_U32x4_LDSM_N::copy(*reinterpret_cast<uint128_t const*>(row), codes.matrix[0],
                             codes.matrix[1], codes.matrix[2], codes.matrix[3]);
     return codes;
   }
 
-  // Columns 4 q and 4 q + 1 become k = 2 q and 2 q + 1, columns 4 q + 2 and 4 q + 3 become those
-  // plus 8; the queries lie in the same order.
-  __device__ static void convert_keys(Codes const& codes, int32_t half, Fragment& fragment) {
-    Tensor words = recast<uint32_t>(fragment);
-    uint32_t const tokens_0 = codes.matrix[2 * half], tokens_8 = codes.matrix[2 * half + 1];
-    words(0) = lower_codes_to_fp16(tokens_0);
-    words(1) = lower_codes_to_fp16(tokens_8);
-    words(2) = upper_codes_to_fp16(tokens_0);
-    words(3) = upper_codes_to_fp16(tokens_8);
-  }
-
   // Reads this warp's 16 columns of 32 tokens, transposed: `tokens` counts them over the boxes of
   // ckv. A lane gets a pair of columns of two neighbouring tokens. The first 64 columns of a box
   // belong to warpgroup 0.
-  __device__ Codes load_values(int32_t tokens, int32_t lane) const {
+  __device__ Fp8Codes load_values(int32_t tokens, int32_t lane) const {
     RingPosition const slot = value_slot(tokens);
     int32_t const part = tokens % 2;
     if (part == 0) wait_for_box(slot);
     int32_t const place = 2 * swizzled_chunk(lane, 4 * warpgroup_ + warp_);
     auto const* const row = shared_.ring + slot.index * Boxes::kElements + place + part * 32 * 128;
-    Codes codes;
+    Fp8Codes codes;
     SM75_U16x8_LDSM_T::copy(*reinterpret_cast<uint128_t const*>(row), codes.matrix[0],
                             codes.matrix[1], codes.matrix[2], codes.matrix[3]);
     return codes;
@@ -193,50 +163,6 @@ class Fp8MathWarpgroup {
 
   __device__ RingPosition value_slot(int32_t tokens) const {
     return ckv_slot(tokens / (2 * Boxes::kCkv), tokens / 2 % Boxes::kCkv);
-  }
-
-  // The pair of columns becomes rows lane / 4 and lane / 4 + 8 of A, and so of O^T.
-  __device__ static void convert_values(Codes const& codes, int32_t half, Fragment& fragment) {
-    Tensor words = recast<uint32_t>(fragment);
-#pragma unroll
-    for (int32_t i = 0; i < 2; ++i) {
-      uint32_t const by_column = __byte_perm(codes.matrix[2 * half + i], 0, 0x3120);
-      words(2 * i) = lower_codes_to_fp16(by_column);
-      words(2 * i + 1) = upper_codes_to_fp16(by_column);
-    }
-  }
-
-  // Runs kSteps WGMMAs in groups: load(n) reads the codes of steps 2 n and 2 n + 1, convert(codes,
-  // half, fragment) makes A of half of them, multiply(fragment, step) issues a WGMMA, release(n) is
-  // told the last n converted. While a group runs, the next is converted, for which the codes were
-  // read before.
-  template <int kSteps, typename Load, typename Convert, typename Multiply, typename Release>
-  __device__ static void run_steps(Load load, Convert convert, Multiply multiply, Release release) {
-    constexpr int32_t kGroup = Traits::kGroupSteps, kGroups = kSteps / kGroup;
-    Codes codes[2][kGroup / 2];
-    Fragment fragment[2][kGroup];
-    auto load_group = [&](int32_t group) {
-#pragma unroll
-      for (int32_t i = 0; i < kGroup / 2; ++i) {
-        codes[group % 2][i] = load(group * (kGroup / 2) + i);
-      }
-    };
-    load_group(0);
-#pragma unroll
-    for (int32_t group = 0; group < kGroups; ++group) {
-      if (group + 1 < kGroups) load_group(group + 1);
-#pragma unroll
-      for (int32_t i = 0; i < kGroup; ++i) {
-        convert(codes[group % 2][i / 2], i % 2, fragment[group % 2][i]);
-      }
-      warpgroup_arrive();
-#pragma unroll
-      for (int32_t i = 0; i < kGroup; ++i) multiply(fragment[group % 2][i], group * kGroup + i);
-      warpgroup_commit_batch();
-      release((group + 1) * (kGroup / 2) - 1);
-      warpgroup_wait<1>();  // the group before, whose fragments the next one takes
-    }
-    warpgroup_wait<0>();
   }
 
   // --- S^T, softmax, P^T ------------------------------------------------------------------------
@@ -249,9 +175,9 @@ class Fp8MathWarpgroup {
     mma.accumulate_ = GMMA::ScaleOut::Zero;
     int32_t const lane = fresh_lane();
     warpgroup_fence_operand(scores_);
-    run_steps<4 * Traits::kQueryBoxes>(
+    run_steps<4 * Traits::kQueryBoxes, Traits::kGroupSteps>(
         [&](int32_t columns) { return load_keys(columns, lane); }, convert_keys,
-        [&](Fragment const& keys, int32_t step) {
+        [&](Fp8Fragment const& keys, int32_t step) {
           gemm(mma, keys, q_operand(_, 0, step % 4, step / 4), scores_(_, 0, 0));
           mma.accumulate_ = GMMA::ScaleOut::One;
         },
@@ -467,17 +393,18 @@ class Fp8MathWarpgroup {
     int32_t const lane = fresh_lane();
     fence_output();
     constexpr int32_t kSteps = kTiles * Boxes::kCkv * 4;
-    run_steps<kSteps>([&](int32_t tokens) { return load_values(tokens, lane); }, convert_values,
-                      [&](Fragment const& values, int32_t step) {
-                        int32_t const box = step / 4 % Boxes::kCkv, half = step / (4 * Boxes::kCkv);
-                        gemm(mma, values, p_operand(_, 0, step % 4, half), output_[box](_, 0, 0));
-                      },
-                      [&](int32_t tokens) {
-                        bool const is_last_of_box = tokens % 2 == 1;
-                        if (is_last_of_box) {
-                          arrive_once_per_warp(&shared_.box_empty[value_slot(tokens).index], 1);
-                        }
-                      });
+    run_steps<kSteps, Traits::kGroupSteps>(
+        [&](int32_t tokens) { return load_values(tokens, lane); }, convert_values,
+        [&](Fp8Fragment const& values, int32_t step) {
+          int32_t const box = step / 4 % Boxes::kCkv, half = step / (4 * Boxes::kCkv);
+          gemm(mma, values, p_operand(_, 0, step % 4, half), output_[box](_, 0, 0));
+        },
+        [&](int32_t tokens) {
+          bool const is_last_of_box = tokens % 2 == 1;
+          if (is_last_of_box) {
+            arrive_once_per_warp(&shared_.box_empty[value_slot(tokens).index], 1);
+          }
+        });
     fence_output();
     ring_ = ring_.after(kTiles * Boxes::kPerTile);
   }
