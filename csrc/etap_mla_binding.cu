@@ -17,7 +17,7 @@
 
 #include "etap_mla_kernel.cuh"
 #include "etap_mla_merge.cuh"
-// Last: the variant's DType, kRowTile and kKvLoader.
+// Last: the variant's DType, kRowTile, kKvLoader and kKvCache.
 #include "etap_mla_config.inc"
 
 namespace etap {
@@ -25,7 +25,10 @@ namespace {
 
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
-using Traits = EtapMlaTraits<DType, kRowTile, kKvLoader>;
+using Traits =
+    std::conditional_t<kKvCache == KvCache::kSame, EtapMlaTraits<DType, kRowTile, kKvLoader>,
+                       EtapMlaFp8Traits<DType, kRowTile, kKvLoader, kKvCache>>;
+using CacheElement = Traits::Boxes::Element;
 
 #define ETAP_CHECK_CUDA(call)                                                         \
   do {                                                                                \
@@ -84,25 +87,30 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// A pool [num_pages, page_size, columns] read in boxes [rows_per_copy x 64 columns].
-CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy) {
-  auto const type = std::is_same_v<DType, cutlass::bfloat16_t> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+// A pool [num_pages, page_size, columns] read in boxes [rows_per_copy x box_columns], swizzled as
+// wide as their rows, which have 128 or 64 bytes.
+CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy, int32_t box_columns) {
+  auto const type = sizeof(CacheElement) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : std::is_same_v<CacheElement, cutlass::bfloat16_t>
+                        ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  auto const swizzle = box_columns * sizeof(CacheElement) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                                : CU_TENSOR_MAP_SWIZZLE_128B;
   cuuint64_t const sizes[3] = {cuuint64_t(pool.size(2)), cuuint64_t(pool.size(1)),
                                cuuint64_t(pool.size(0))};
   // The stride of a dimension of size 1 means nothing and may be anything; give a valid one.
   int64_t const row_stride = pool.size(1) > 1 ? pool.stride(1) : pool.size(2);
   int64_t const page_stride = pool.size(0) > 1 ? pool.stride(0) : pool.size(1) * row_stride;
-  cuuint64_t const strides[2] = {row_stride * sizeof(DType), page_stride * sizeof(DType)};
-  cuuint32_t const box[3] = {kBoxColumns, cuuint32_t(rows_per_copy), 1};
+  cuuint64_t const strides[2] = {row_stride * sizeof(CacheElement),
+                                 page_stride * sizeof(CacheElement)};
+  cuuint32_t const box[3] = {cuuint32_t(box_columns), cuuint32_t(rows_per_copy), 1};
   cuuint32_t const element_strides[3] = {1, 1, 1};
   // Promotion to 256 bytes reads parts of tokens twice: 7 % slower at 16 x 64K (scripts/TUNING.md).
   auto const promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   CUtensorMap map;
-  CUresult const status =
-      tensor_map_encoder()(&map, type, 3, pool.data_ptr(), sizes, strides, box, element_strides,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
-                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult const status = tensor_map_encoder()(
+      &map, type, 3, pool.data_ptr(), sizes, strides, box, element_strides,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TVM_FFI_CHECK(status == CUDA_SUCCESS, ValueError)
       << "no tensor map for a cache of shape [" << pool.size(0) << ", " << pool.size(1) << ", "
       << pool.size(2) << "] with strides [" << pool.stride(0) << ", " << pool.stride(1)
@@ -136,7 +144,8 @@ T* pointer(TensorView const& tensor) {
 
 void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ckv, TensorView kpe,
          TensorView qo_indptr, TensorView kv_indptr, TensorView kv_indices, TensorView kv_len_arr,
-         TensorView out, Optional<TensorView> lse, bool causal, double sm_scale, bool lse_base_e) {
+         TensorView out, Optional<TensorView> lse, bool causal, double sm_scale, bool lse_base_e,
+         double ckv_scale, double kpe_scale) {
   int32_t const device = q_nope.device().device_id;
   tvm::ffi::CUDADeviceGuard const guard(device);
   int32_t const num_ctas = prepare_device(device);
@@ -191,6 +200,8 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   params.divide_by_heads = cutlass::FastDivmod(params.num_heads);
   params.divide_by_page_size = cutlass::FastDivmod(page_size);
   params.causal = causal;
+  params.ckv_scale = float(ckv_scale);
+  params.kpe_scale = float(kpe_scale);
   params.scale_log2 = float(sm_scale * 1.4426950408889634);
   params.lse_factor = lse_base_e ? 0.6931471805599453f : 1.f;
   params.out = out.data_ptr();
@@ -205,8 +216,8 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
 
   CUtensorMap ckv_map = {}, kpe_map = {};
   if constexpr (kKvLoader == KvLoader::kTma) {
-    ckv_map = make_pool_map(ckv, rows_per_copy);
-    kpe_map = make_pool_map(kpe, rows_per_copy);
+    ckv_map = make_pool_map(ckv, rows_per_copy, Traits::Boxes::kColumns);
+    kpe_map = make_pool_map(kpe, rows_per_copy, kHeadDimKpe);
   }
   auto const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
   launch_dependent(etap_mla_kernel<Traits>, num_ctas, kThreads,

@@ -23,14 +23,11 @@
 #include <cuda/ptx>
 #include <cute/arch/copy_sm90.hpp>
 
+#include "etap_mla_fp8_math.cuh"
 #include "etap_mla_loader.cuh"
 #include "etap_mla_output.cuh"
 
 namespace etap {
-
-// Barriers among math threads, in CUTLASS's numbering of user barriers.
-constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
-constexpr uint32_t kMathBarrier = 2;
 
 struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
@@ -548,7 +545,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
-    MathWarpgroup<Traits>(params, shared).run();
+    using Math = std::conditional_t<Traits::kKvCache == KvCache::kSame, MathWarpgroup<Traits>,
+                                    Fp8MathWarpgroup<Traits>>;
+    Math(params, shared).run();
   }
 }
 

@@ -52,12 +52,14 @@ template <class Traits>
 __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_map,
                                   CUtensorMap const& kpe_map,
                                   typename Traits::SharedStorage& shared, CtaWork const& work) {
+  using Boxes = typename Traits::Boxes;
   int32_t const lane = threadIdx.x % 32;
   int32_t const rows_per_copy = params.rows_per_copy;
   int32_t const groups = kTokenTile / rows_per_copy;
-  int32_t const group_bytes = rows_per_copy * kBoxColumns * int32_t(sizeof(typename Traits::DType));
   CUtensorMap const* const map = lane == 0 ? &kpe_map : &ckv_map;
-  int32_t const column = lane == 0 ? 0 : (lane - 1) * kBoxColumns;
+  int32_t const column = lane == 0 ? 0 : (lane - 1) * Boxes::kColumns;
+  int32_t const columns = lane == 0 ? kHeadDimKpe : Boxes::kColumns;
+  int32_t const group_bytes = rows_per_copy * columns * int32_t(sizeof(typename Boxes::Element));
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
@@ -76,24 +78,24 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
       int32_t const tokens = min(segment.request.kv_len - tile * kTokenTile, kTokenTile);
       int32_t const copies = tokens <= 0 ? 0 : (tokens - 1) / rows_per_copy + 1;
 
-      auto const slot = ring.after(lane % kBoxesPerTile);
+      auto const slot = ring.after(lane % Boxes::kPerTile);
       uint64_t* const full = &shared.box_full[slot.index];
       for (int32_t group = 0; group < max(copies, 1); ++group) {
         int32_t const page = __shfl_sync(0xffffffff, place.page, group);
         int32_t const row = __shfl_sync(0xffffffff, place.row, group);
         int32_t const first_row = group * rows_per_copy;
-        if (lane >= kBoxesPerTile) continue;
+        if (lane >= Boxes::kPerTile) continue;
         if (group == 0) {
           Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
-          if constexpr (Traits::kAsksForWholeTiles) __syncwarp((1 << kBoxesPerTile) - 1);
+          if constexpr (Traits::kAsksForWholeTiles) __syncwarp((1 << Boxes::kPerTile) - 1);
           TransactionBarrier::arrive_and_expect_tx(full, copies * group_bytes);
           if (copies == 0) break;
         }
         SM90_TMA_LOAD_3D::copy(map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-                               &shared.ring[slot.index * kBoxElements + first_row * kBoxColumns],
+                               &shared.ring[slot.index * Boxes::kElements + first_row * columns],
                                column, row, page);
       }
-      ring = ring.after(kBoxesPerTile);
+      ring = ring.after(Boxes::kPerTile);
     }
   }
 }
@@ -103,20 +105,26 @@ __device__ __forceinline__ int32_t swizzled_chunk(int32_t row, int32_t chunk) {
   return row * kBoxColumns + ((chunk ^ (row & 7)) * 8);
 }
 
+// The same, in bytes, where rows have 64 of them: four chunks take part in the swizzle.
+__device__ __forceinline__ int32_t swizzled_half_chunk(int32_t row, int32_t chunk) {
+  return row * 64 + ((chunk ^ (row / 2 & 3)) * 16);
+}
+
 // Two warps. Eight lanes copy the 128 bytes that a token has in a box; a warp has 32 tokens of the
 // tile, of which lane l looks up the l-th. A warp issues in order, so there is no more than one
-// copy instruction after another: token by token, all nine boxes at once. The copies themselves
+// copy instruction after another: token by token, all boxes at once. The copies themselves
 // arrive on box_full when they are complete. They write through the generic proxy: whoever reads
 // the box with WGMMA fences first.
 template <class Traits>
 __device__ void load_cache_by_gather(Params const& params, typename Traits::SharedStorage& shared,
                                      CtaWork const& work) {
-  using DType = typename Traits::DType;
+  using Boxes = typename Traits::Boxes;
+  using Element = typename Boxes::Element;
   constexpr int32_t kTokensAtOnce = 32 / 8;
   int32_t const lane = threadIdx.x % 32, chunk = lane % 8;
   int32_t const first_token = threadIdx.x / 32 % 2 * 32;
-  auto const* const ckv = static_cast<DType const*>(params.ckv) + chunk * 8;
-  auto const* const kpe = static_cast<DType const*>(params.kpe) + chunk * 8;
+  auto const* const ckv = static_cast<Element const*>(params.ckv) + chunk * Boxes::kChunk;
+  auto const* const kpe = static_cast<Element const*>(params.kpe) + chunk * Boxes::kChunk;
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
@@ -135,7 +143,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
       int64_t const ckv_offset = page * params.ckv_stride_page + row * params.ckv_stride_token;
       int64_t const kpe_offset = page * params.kpe_stride_page + row * params.kpe_stride_token;
 
-      if (lane < kBoxesPerTile) {
+      if (lane < Boxes::kPerTile) {
         auto const slot = ring.after(lane);
         Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
       }
@@ -143,22 +151,27 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
 #pragma unroll 1
       for (int32_t i = 0; i < 32; i += kTokensAtOnce) {
         int32_t const owner = i + lane / 8;
-        DType const* const token_ckv = ckv + __shfl_sync(0xffffffff, ckv_offset, owner);
-        DType const* const token_kpe = kpe + __shfl_sync(0xffffffff, kpe_offset, owner);
+        Element const* const token_ckv = ckv + __shfl_sync(0xffffffff, ckv_offset, owner);
+        Element const* const token_kpe = kpe + __shfl_sync(0xffffffff, kpe_offset, owner);
         bool const token_exists = __shfl_sync(0xffffffff, exists, owner);
-        DType* const destination = shared.ring + swizzled_chunk(first_token + owner, chunk);
+        int32_t const token = first_token + owner;
+        int32_t const ckv_place = swizzled_chunk(token, chunk) / 8 * Boxes::kChunk;
+        int32_t const kpe_place =
+            Boxes::kKpeChunks == 8 ? ckv_place : swizzled_half_chunk(token, chunk);
 #pragma unroll
-        for (int32_t box = 0; box < kBoxesPerTile; ++box) {
+        for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
+          if (box == 0 && chunk >= Boxes::kKpeChunks) continue;
           cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-              destination + ring.after(box).index * kBoxElements,
-              box == 0 ? token_kpe : token_ckv + (box - 1) * kBoxColumns, token_exists);
+              shared.ring + ring.after(box).index * Boxes::kElements +
+                  (box == 0 ? kpe_place : ckv_place),
+              box == 0 ? token_kpe : token_ckv + (box - 1) * Boxes::kColumns, token_exists);
         }
       }
 #pragma unroll
-      for (int32_t box = 0; box < kBoxesPerTile; ++box) {
+      for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
         cutlass::arch::cpasync_barrier_arrive_noinc(&shared.box_full[ring.after(box).index]);
       }
-      ring = ring.after(kBoxesPerTile);
+      ring = ring.after(Boxes::kPerTile);
     }
   }
   // The copies must not outlive the threads that issued them.
@@ -191,7 +204,7 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
       query += segment.request.query_begin;
       int64_t const nope = query * params.q_nope_stride_token + head * params.q_nope_stride_head;
       int64_t const pe = query * params.q_pe_stride_token + head * params.q_pe_stride_head;
-      DType* destination = &shared.query[swizzled_chunk(row, chunk)];
+      auto* destination = &shared.query[swizzled_chunk(row, chunk)];
       auto copy = [&](void const* base, int64_t offset) {
         cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
             destination, static_cast<DType const*>(base) + offset + chunk * 8, exists);

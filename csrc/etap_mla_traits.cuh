@@ -42,11 +42,34 @@ constexpr int kBoxesPerWarpgroup = kCkvBoxes / kMathWarpgroups;  // of d_v: 256 
 constexpr int kGatherThreads = 64;
 constexpr int kQueryLoadThreads = 64;
 
+// Barriers among math threads, in CUTLASS's numbering of user barriers.
+constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
+constexpr uint32_t kMathBarrier = 2;
+
 constexpr int kSharedMemoryLimit = 227 * 1024;
 
 // kTma: bulk tensor copies; a page must hold whole groups of 8 rows (one swizzle atom).
 // kGather: 16-byte asynchronous copies, token by token, for every other page size.
 enum class KvLoader { kTma, kGather };
+
+// What the cache stores. kSame: the type of the queries. kFp8: e4m3 with a scale for all of ckv and
+// one for all of kpe. kFp8FlashMla: 656 bytes a token: 512 e4m3, the fp32 scales of each 128 of
+// them, 64 bf16 of kpe.
+enum class KvCache { kSame, kFp8, kFp8FlashMla };
+
+// How the cache lies in the ring: boxes of [64 tokens x kColumns], 128 bytes a token. A token tile
+// is a box of kpe, which has 64 columns of any type, and then those of ckv.
+template <typename Element_, int kColumns_>
+struct CacheBoxes {
+  using Element = Element_;
+  static constexpr int kColumns = kColumns_;
+  static_assert(kColumns * sizeof(Element) == 128, "rows of one 128-byte swizzle");
+  static constexpr int kCkv = kHeadDimCkv / kColumns;
+  static constexpr int kPerTile = kCkv + 1;
+  static constexpr int kElements = kTokenTile * kColumns;
+  static constexpr int kChunk = 16 / int(sizeof(Element));  // elements of a 16-byte chunk
+  static constexpr int kKpeChunks = kHeadDimKpe / kChunk;   // of a token, in a row of 8
+};
 
 // One request, as the kernel sees it.
 struct Request {
@@ -124,8 +147,9 @@ struct Params {
   int64_t ckv_stride_page, ckv_stride_token;
   int64_t kpe_stride_page, kpe_stride_token;
 
-  float scale_log2;  // sm_scale * log2(e): the softmax works in powers of two
-  float lse_factor;  // 1, or ln(2) for an LSE to base e
+  float ckv_scale, kpe_scale;  // of an fp8 cache: what its codes are multiplied with
+  float scale_log2;            // sm_scale * log2(e): the softmax works in powers of two
+  float lse_factor;            // 1, or ln(2) for an LSE to base e
   bool causal;
 
   void* out;  // [total_queries, num_heads, 512]
@@ -142,7 +166,9 @@ struct Params {
 template <typename DType_, int kRowTile_, KvLoader kKvLoader_>
 struct EtapMlaTraits {
   using DType = DType_;
+  using Boxes = CacheBoxes<DType, kBoxColumns>;
   static constexpr KvLoader kKvLoader = kKvLoader_;
+  static constexpr KvCache kKvCache = KvCache::kSame;
   static constexpr int kRowTile = kRowTile_;  // packed rows (query x head) on WGMMA's N
   static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32 || kRowTile == 64,
                 "an accumulator of 256 x row_tile floats must fit a warpgroup's registers");

@@ -1,0 +1,79 @@
+/*
+ * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
+ *
+ * Sizes and the shared-memory plan of the kernels that read an fp8 (e4m3) cache.
+ */
+#pragma once
+
+#include "etap_mla_traits.cuh"
+
+namespace etap {
+
+// The operands of every WGMMA are fp16, of which e4m3 is a subset: the cache is converted without
+// an error on its way from shared memory to the registers of WGMMA's A operand.
+template <typename DType_, int kRowTile_, KvLoader kKvLoader_, KvCache kKvCache_>
+struct EtapMlaFp8Traits {
+  using DType = DType_;  // of queries and output
+  using Operand = cutlass::half_t;
+  static_assert(sizeof(DType) == sizeof(Operand), "queries are converted in place");
+  static constexpr KvLoader kKvLoader = kKvLoader_;
+  static constexpr KvCache kKvCache = kKvCache_;
+  static_assert(kKvCache == KvCache::kFp8, "the FlashMLA layout has no kernel yet");
+  static constexpr int kRowTile = kRowTile_;  // packed rows (query x head) on WGMMA's N
+  static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32 || kRowTile == 64,
+                "an accumulator of 256 x row_tile floats must fit a warpgroup's registers");
+
+  // A box is [64 tokens x 128 columns], again one 128-byte swizzled row a token; that of kpe has 64
+  // columns and uses half of its place.
+  using Boxes = CacheBoxes<uint8_t, 128>;
+
+  // Registers a thread, after the producer gave some of its share to the math warpgroups.
+  static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
+  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
+
+  static constexpr int kRowsPerThread = kRowTile / 4;
+
+  // WGMMAs (16 columns or tokens each) whose A operand is converted while the group before them
+  // runs; 64 rows leave no registers for more.
+  static constexpr int kGroupSteps = kRowTile == 64 ? 2 : 4;
+  static constexpr int kQueryBoxes = (kHeadDimCkv + kHeadDimKpe) / kBoxColumns;
+
+  using KAtom = GMMA::Layout_K_SW128_Atom<Operand>;
+  using LayoutQ =
+      decltype(tile_to_shape(KAtom{}, Shape<Int<kRowTile>, Int<kBoxColumns>, Int<kQueryBoxes>>{}));
+  using LayoutP = decltype(tile_to_shape(
+      KAtom{}, Shape<Int<kRowTile>, Int<kTokenTile>, Int<kMathWarpgroups>>{}));
+
+  static constexpr int kRingBoxes = [] {
+    int const operands = (cosize_v<LayoutQ> + cosize_v<LayoutP>)*int(sizeof(Operand));
+    int const statistics = (4 + kMathWarps) * kRowTile * int(sizeof(float));
+    int const fixed = operands + statistics +
+                      int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) + 64;
+    return (kSharedMemoryLimit - fixed) / (Boxes::kElements + 16);
+  }();
+  static_assert(kRingBoxes >= 2 * Boxes::kPerTile, "the ring must hold the pair of tiles in work");
+  static constexpr bool kAsksForWholeTiles = kRingBoxes >= 4 * Boxes::kPerTile;
+
+  // Both S^T = K Q^T (tokens x rows) and O^T = V^T P^T (columns x rows).
+  using Mma = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Operand, Operand, float, Shape<_64, Int<kRowTile>, _16>, GMMA::Major::K,
+                           GMMA::Major::K>()));
+
+  struct SharedStorage {
+    alignas(1024) uint8_t ring[kRingBoxes * Boxes::kElements];
+    alignas(1024) Operand query[cosize_v<LayoutQ>];
+    alignas(1024) Operand probability[cosize_v<LayoutP>];  // of the pair's tiles
+    alignas(16) float warp_sum[kRowTile][kMathWarps];      // of each row, at the end of a segment
+    int32_t score_max[kRowTile];   // running maxima in the order of integers: comparable_bits
+    float reference[2][kRowTile];  // what P is relative to: in this pair of tiles, the one before
+    float score_scale[kRowTile];   // of the query operand's products, to units of log2
+    uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
+    uint64_t query_full, query_empty;
+    Segment segments[2];  // [segment number % 2]; one without tiles is the end
+    CtaWork work;
+    ScheduleScratch schedule;
+  };
+  static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
+};
+
+}  // namespace etap
