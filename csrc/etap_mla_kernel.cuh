@@ -26,6 +26,7 @@
 #include "etap_mla_fp8_math.cuh"
 #include "etap_mla_loader.cuh"
 #include "etap_mla_output.cuh"
+#include "etap_mla_rows_math.cuh"
 
 namespace etap {
 
@@ -461,7 +462,8 @@ class MathWarpgroup {
 #pragma unroll
       for (int32_t block = 0; block < kRowBlocks; ++block) {
         OutputFragment const fragment = output_fragment(box, block);
-        int32_t const index = partial_index<kRowTile>(slot, 2 * box + warpgroup_, block, warp_);
+        int32_t const index =
+            partial_index<kRowTile>(slot, 2 * box + warpgroup_, block, warp_, lane_);
         *reinterpret_cast<float4*>(params_.partial_out + index) =
             make_float4(fragment.value[0], fragment.value[1], fragment.value[2], fragment.value[3]);
       }
@@ -545,9 +547,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
-    using Math = std::conditional_t<Traits::kKvCache == KvCache::kSame, MathWarpgroup<Traits>,
-                                    Fp8MathWarpgroup<Traits>>;
-    Math(params, shared).run();
+    load_first_queries<Traits>(params, shared, work);
+    if constexpr (Traits::kKvCache != KvCache::kSame) {
+      Fp8MathWarpgroup<Traits>(params, shared).run();
+    } else if constexpr (Traits::kRowTile == 64) {
+      RowsMathWarpgroup<Traits>(params, shared).run();
+    } else {
+      MathWarpgroup<Traits>(params, shared).run();
+    }
   }
 }
 

@@ -61,6 +61,9 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
   int32_t const columns = lane == 0 ? kHeadDimKpe : Boxes::kColumns;
   int32_t const group_bytes = rows_per_copy * columns * int32_t(sizeof(typename Boxes::Element));
 
+  [[maybe_unused]] int32_t const box_bytes =
+      rows_per_copy * Boxes::kColumns * int32_t(sizeof(typename Boxes::Element));
+
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
   Segment const& segment = walk.segment;
@@ -77,6 +80,26 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
       // Groups past the end of the request are not copied: their pages may not exist.
       int32_t const tokens = min(segment.request.kv_len - tile * kTokenTile, kTokenTile);
       int32_t const copies = tokens <= 0 ? 0 : (tokens - 1) / rows_per_copy + 1;
+
+      if constexpr (Traits::kRingBoxes == 18) {
+        // Box by box, each as soon as there is room for it; lane g copies group g.
+        int32_t const row = lane * rows_per_copy;
+        for (int32_t i = 0; i < Boxes::kPerTile; ++i) {
+          int32_t const box = Traits::box_in_order(ring.index != 0, i);
+          auto const slot = ring.after(box);
+          uint64_t* const full = &shared.box_full[slot.index];
+          Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
+          if (lane == 0) TransactionBarrier::arrive_and_expect_tx(full, copies * box_bytes);
+          __syncwarp();
+          if (lane >= copies) continue;
+          SM90_TMA_LOAD_3D::copy(box == 0 ? &kpe_map : &ckv_map, full,
+                                 static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
+                                 &shared.ring[slot.index * Boxes::kElements + row * kBoxColumns],
+                                 box == 0 ? 0 : (box - 1) * Boxes::kColumns, place.row, place.page);
+        }
+        ring = ring.after(Boxes::kPerTile);
+        continue;
+      }
 
       auto const slot = ring.after(lane % Boxes::kPerTile);
       uint64_t* const full = &shared.box_full[slot.index];
@@ -178,17 +201,59 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   cutlass::arch::cp_async_wait<0>();
 }
 
-// Two warps. Loads the row tile's queries, whatever their strides, into the order of the boxes:
-// pe first. Rows that do not exist become zeros. With the queries goes the segment they belong to;
-// and the merge kernel hears of a row tile that later CTAs continue.
+// Copies the row tile's queries, whatever their strides, into the order of the boxes: pe first. Rows
+// that do not exist become zeros. Eight threads have a row or, with threads to spare, every
+// kShares-th of its boxes.
+template <class Traits, int kNumThreads>
+__device__ __forceinline__ void copy_queries(Params const& params, Segment const& segment,
+                                             typename Traits::SharedStorage& shared,
+                                             int32_t thread) {
+  using DType = typename Traits::DType;
+  constexpr int32_t kQueryBoxes = (kHeadDimCkv + kHeadDimKpe) / kBoxColumns;
+  constexpr int32_t kShares = cute::max(kNumThreads / 8 / Traits::kRowTile, 1);
+  constexpr int32_t kRowsPerPass = kNumThreads / 8 / kShares;
+  int32_t const chunk = thread % 8, share = thread / 8 / kRowsPerPass;
+#pragma unroll 1
+  for (int32_t row = thread / 8 % kRowsPerPass; row < Traits::kRowTile; row += kRowsPerPass) {
+    bool const exists = row < segment.num_rows;
+    int32_t query, head;
+    params.divide_by_heads(query, head, segment.row_begin + (exists ? row : 0));
+    query += segment.request.query_begin;
+    int64_t const nope = query * params.q_nope_stride_token + head * params.q_nope_stride_head;
+    int64_t const pe = query * params.q_pe_stride_token + head * params.q_pe_stride_head;
+    auto* const destination = &shared.query[swizzled_chunk(row, chunk)];
+#pragma unroll
+    for (int32_t i = 0; i < kQueryBoxes; i += kShares) {
+      int32_t const box = i + share;
+      if (box >= kQueryBoxes) continue;
+      auto const* const source =
+          box == 0 ? static_cast<DType const*>(params.q_pe) + pe
+                   : static_cast<DType const*>(params.q_nope) + nope + (box - 1) * kBoxColumns;
+      cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+          destination + box * Traits::kRowTile * kBoxColumns, source + chunk * 8, exists);
+    }
+  }
+}
+
+// All math threads. The CTA waits for the first queries, and the math threads have nothing else to
+// do: together they ask for them at once. begin_segment() finds the segment itself as always.
+template <class Traits>
+__device__ void load_first_queries(Params const& params, typename Traits::SharedStorage& shared,
+                                   CtaWork const& work) {
+  SegmentWalk<Traits::kRowTile> walk(params, work);
+  walk.next();
+  copy_queries<Traits, kMathThreads>(params, walk.segment, shared, threadIdx.x);
+  cutlass::arch::cp_async_wait<0>();
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+}
+
+// Two warps. Loads the queries of all segments but the first. With the queries goes the segment
+// they belong to; and the merge kernel hears of a row tile that later CTAs continue.
 template <class Traits>
 __device__ void load_queries(Params const& params, typename Traits::SharedStorage& shared,
                              CtaWork const& work) {
-  using DType = typename Traits::DType;
-  constexpr int kRowsPerPass = kQueryLoadThreads / 8;
   int32_t const thread = threadIdx.x % kQueryLoadThreads;
-  int32_t const chunk = thread % 8;
-
   SegmentWalk<Traits::kRowTile> walk(params, work);
   Segment& segment = walk.segment;
   uint32_t number = 0;
@@ -196,23 +261,8 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     has_segment = walk.next();
     if (!has_segment) segment.tile_end = segment.tile_begin;  // the end
     Barrier::wait(&shared.query_empty, number & 1 ^ 1);
-#pragma unroll 1
-    for (int32_t row = thread / 8; has_segment && row < Traits::kRowTile; row += kRowsPerPass) {
-      bool const exists = row < segment.num_rows;
-      int32_t query, head;
-      params.divide_by_heads(query, head, segment.row_begin + (exists ? row : 0));
-      query += segment.request.query_begin;
-      int64_t const nope = query * params.q_nope_stride_token + head * params.q_nope_stride_head;
-      int64_t const pe = query * params.q_pe_stride_token + head * params.q_pe_stride_head;
-      auto* destination = &shared.query[swizzled_chunk(row, chunk)];
-      auto copy = [&](void const* base, int64_t offset) {
-        cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-            destination, static_cast<DType const*>(base) + offset + chunk * 8, exists);
-        destination += Traits::kRowTile * kBoxColumns;
-      };
-      copy(params.q_pe, pe);
-#pragma unroll
-      for (int32_t box = 0; box < kCkvBoxes; ++box) copy(params.q_nope, nope + box * kBoxColumns);
+    if (has_segment && number > 0) {
+      copy_queries<Traits, kQueryLoadThreads>(params, segment, shared, thread);
     }
     cutlass::arch::cp_async_fence();
     if (thread == 0) {

@@ -135,7 +135,7 @@ class Merge {
     JoinedParts joined = JoinedParts::none();
     for (int32_t part = share; part < descriptor.num_parts; part += kPartsInFlight * num_shares) {
       join_parts(joined, descriptor.num_parts, first_cta, part, num_shares,
-                 partial_index<kRowTile>(0, box, row_block, fragment_warp),
+                 partial_index<kRowTile>(0, box, row_block, fragment_warp, lane_),
                  row_block * 8 + 2 * (lane_ % 4));
     }
     if (num_shares > 1) add_shares(joined, share, log_units);

@@ -65,11 +65,10 @@ __device__ __forceinline__ void store_fragment(OutputFragment const& fragment, f
   }
 }
 
-// Where fragment (box of d_v, 8-row block, warp) of this lane lies in a partial result.
+// Where lane `lane` of fragment (box of d_v, 8-row block, warp) lies in a partial result.
 template <int kRowTile>
 __device__ __forceinline__ int32_t partial_index(int32_t slot, int32_t box, int32_t row_block,
-                                                 int32_t warp) {
-  int32_t const lane = threadIdx.x % 32;
+                                                 int32_t warp, int32_t lane) {
   int32_t const fragment = (box * (kRowTile / 8) + row_block) * 4 + warp;
   return slot * (kHeadDimCkv * kRowTile) + (fragment * 32 + lane) * 4;
 }
