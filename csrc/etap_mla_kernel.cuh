@@ -547,7 +547,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
-    load_first_queries<Traits>(params, shared, work);
     if constexpr (Traits::kKvCache != KvCache::kSame) {
       Fp8MathWarpgroup<Traits>(params, shared).run();
     } else if constexpr (Traits::kRowTile == 64) {

@@ -201,59 +201,17 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   cutlass::arch::cp_async_wait<0>();
 }
 
-// Copies the row tile's queries, whatever their strides, into the order of the boxes: pe first. Rows
-// that do not exist become zeros. Eight threads have a row or, with threads to spare, every
-// kShares-th of its boxes.
-template <class Traits, int kNumThreads>
-__device__ __forceinline__ void copy_queries(Params const& params, Segment const& segment,
-                                             typename Traits::SharedStorage& shared,
-                                             int32_t thread) {
-  using DType = typename Traits::DType;
-  constexpr int32_t kQueryBoxes = (kHeadDimCkv + kHeadDimKpe) / kBoxColumns;
-  constexpr int32_t kShares = cute::max(kNumThreads / 8 / Traits::kRowTile, 1);
-  constexpr int32_t kRowsPerPass = kNumThreads / 8 / kShares;
-  int32_t const chunk = thread % 8, share = thread / 8 / kRowsPerPass;
-#pragma unroll 1
-  for (int32_t row = thread / 8 % kRowsPerPass; row < Traits::kRowTile; row += kRowsPerPass) {
-    bool const exists = row < segment.num_rows;
-    int32_t query, head;
-    params.divide_by_heads(query, head, segment.row_begin + (exists ? row : 0));
-    query += segment.request.query_begin;
-    int64_t const nope = query * params.q_nope_stride_token + head * params.q_nope_stride_head;
-    int64_t const pe = query * params.q_pe_stride_token + head * params.q_pe_stride_head;
-    auto* const destination = &shared.query[swizzled_chunk(row, chunk)];
-#pragma unroll
-    for (int32_t i = 0; i < kQueryBoxes; i += kShares) {
-      int32_t const box = i + share;
-      if (box >= kQueryBoxes) continue;
-      auto const* const source =
-          box == 0 ? static_cast<DType const*>(params.q_pe) + pe
-                   : static_cast<DType const*>(params.q_nope) + nope + (box - 1) * kBoxColumns;
-      cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-          destination + box * Traits::kRowTile * kBoxColumns, source + chunk * 8, exists);
-    }
-  }
-}
-
-// All math threads. The CTA waits for the first queries, and the math threads have nothing else to
-// do: together they ask for them at once. begin_segment() finds the segment itself as always.
-template <class Traits>
-__device__ void load_first_queries(Params const& params, typename Traits::SharedStorage& shared,
-                                   CtaWork const& work) {
-  SegmentWalk<Traits::kRowTile> walk(params, work);
-  walk.next();
-  copy_queries<Traits, kMathThreads>(params, walk.segment, shared, threadIdx.x);
-  cutlass::arch::cp_async_wait<0>();
-  cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
-}
-
-// Two warps. Loads the queries of all segments but the first. With the queries goes the segment
-// they belong to; and the merge kernel hears of a row tile that later CTAs continue.
+// Two warps. Loads the row tile's queries, whatever their strides, into the order of the boxes:
+// pe first. Rows that do not exist become zeros. With the queries goes the segment they belong to;
+// and the merge kernel hears of a row tile that later CTAs continue.
 template <class Traits>
 __device__ void load_queries(Params const& params, typename Traits::SharedStorage& shared,
                              CtaWork const& work) {
+  using DType = typename Traits::DType;
+  constexpr int kRowsPerPass = kQueryLoadThreads / 8;
   int32_t const thread = threadIdx.x % kQueryLoadThreads;
+  int32_t const chunk = thread % 8;
+
   SegmentWalk<Traits::kRowTile> walk(params, work);
   Segment& segment = walk.segment;
   uint32_t number = 0;
@@ -261,8 +219,23 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     has_segment = walk.next();
     if (!has_segment) segment.tile_end = segment.tile_begin;  // the end
     Barrier::wait(&shared.query_empty, number & 1 ^ 1);
-    if (has_segment && number > 0) {
-      copy_queries<Traits, kQueryLoadThreads>(params, segment, shared, thread);
+#pragma unroll 1
+    for (int32_t row = thread / 8; has_segment && row < Traits::kRowTile; row += kRowsPerPass) {
+      bool const exists = row < segment.num_rows;
+      int32_t query, head;
+      params.divide_by_heads(query, head, segment.row_begin + (exists ? row : 0));
+      query += segment.request.query_begin;
+      int64_t const nope = query * params.q_nope_stride_token + head * params.q_nope_stride_head;
+      int64_t const pe = query * params.q_pe_stride_token + head * params.q_pe_stride_head;
+      auto* destination = &shared.query[swizzled_chunk(row, chunk)];
+      auto copy = [&](void const* base, int64_t offset) {
+        cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+            destination, static_cast<DType const*>(base) + offset + chunk * 8, exists);
+        destination += Traits::kRowTile * kBoxColumns;
+      };
+      copy(params.q_pe, pe);
+#pragma unroll
+      for (int32_t box = 0; box < kCkvBoxes; ++box) copy(params.q_nope, nope + box * kBoxColumns);
     }
     cutlass::arch::cp_async_fence();
     if (thread == 0) {
