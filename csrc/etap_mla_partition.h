@@ -34,6 +34,9 @@ ETAP_HOST_DEVICE int32_t saturating_multiply(int32_t a, int32_t b) {
   return product < kMaxTiles ? int32_t(product) : kMaxTiles;
 }
 
+// Of numbers that are not negative; without a sign the GPU divides faster.
+ETAP_HOST_DEVICE int32_t divide(int32_t a, int32_t b) { return int32_t(uint32_t(a) / uint32_t(b)); }
+
 // The line is a sequence of units of `unit_tiles`, and each unit is cut into `parts_per_unit`
 // parts: the first `longer_parts` of `part_tiles + 1` tiles, the others of `part_tiles`.
 struct Partition {
@@ -51,7 +54,7 @@ struct Partition {
 
   // Tiles of CTA `cta`; empty, at total_tiles, for idle CTAs.
   ETAP_HOST_DEVICE Range range(int32_t cta) const {
-    int32_t const unit = cta / parts_per_unit;
+    int32_t const unit = divide(cta, parts_per_unit);
     int32_t const part = cta - unit * parts_per_unit;
     int64_t const begin = int64_t(unit) * unit_tiles + int64_t(part) * part_tiles +
                           (part < longer_parts ? part : longer_parts);
@@ -62,12 +65,12 @@ struct Partition {
 
   // The CTA whose range holds tile `position`, 0 <= position < total_tiles.
   ETAP_HOST_DEVICE int32_t cta_of(int32_t position) const {
-    int32_t const unit = position / unit_tiles;
+    int32_t const unit = divide(position, unit_tiles);
     int32_t const offset = position - unit * unit_tiles;
     int32_t const in_longer_parts = longer_parts * (part_tiles + 1);
     int32_t const part = offset < in_longer_parts
-                             ? offset / (part_tiles + 1)
-                             : longer_parts + (offset - in_longer_parts) / part_tiles;
+                             ? divide(offset, part_tiles + 1)
+                             : longer_parts + divide(offset - in_longer_parts, part_tiles);
     return unit * parts_per_unit + part;
   }
 };
@@ -80,7 +83,7 @@ ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles
                                           int32_t longest_row_tile, int32_t num_ctas) {
   if (total_tiles == 0) return {0, 1, 1, 1, 0};
   int32_t const parts = total_tiles < num_ctas ? total_tiles : num_ctas;
-  int32_t const part_tiles = total_tiles / parts;
+  int32_t const part_tiles = divide(total_tiles, parts);
   Partition const even = {total_tiles, total_tiles, parts, part_tiles,
                           total_tiles - part_tiles * parts};
   bool const is_uniform = int64_t(row_tiles) * longest_row_tile == total_tiles;
@@ -88,13 +91,13 @@ ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles
 
   Partition aligned = {total_tiles, longest_row_tile, 1, longest_row_tile, 0};
   if (row_tiles > num_ctas) {  // whole row tiles, the same number for each CTA
-    int32_t const row_tiles_per_cta = (row_tiles - 1) / num_ctas + 1;
+    int32_t const row_tiles_per_cta = divide(row_tiles - 1, num_ctas) + 1;
     aligned.unit_tiles = saturating_multiply(row_tiles_per_cta, longest_row_tile);
     aligned.part_tiles = aligned.unit_tiles;
   } else {  // the same number of CTAs for each row tile
-    int32_t const ctas = num_ctas / row_tiles;
+    int32_t const ctas = divide(num_ctas, row_tiles);
     aligned.parts_per_unit = ctas < longest_row_tile ? ctas : longest_row_tile;
-    aligned.part_tiles = longest_row_tile / aligned.parts_per_unit;
+    aligned.part_tiles = divide(longest_row_tile, aligned.parts_per_unit);
     aligned.longer_parts = longest_row_tile - aligned.part_tiles * aligned.parts_per_unit;
   }
   int32_t const longest_span = even.longest_part();

@@ -54,53 +54,83 @@ __device__ __forceinline__ int32_t count_tiles(Params const& params, Request con
                              count_row_tiles<kRowTile>(params, request));
 }
 
-// Run by all threads of the CTA together; `work` is there for all after the next barrier. Thread t
-// counts the t-th of kThreads equal shares of the requests.
-template <int kRowTile>
-__device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, CtaWork& work) {
-  int32_t const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int32_t const requests = params.requests_per_thread;
-  int32_t const first = int32_t(threadIdx.x) * requests;
-  int32_t tiles = 0, row_tiles = 0, longest = 0;
-  Request request;
-  for (int32_t i = 0; i < requests; ++i) {
-    request = clamp_request(params, load_request(params, first + i));
-    int32_t const request_row_tiles = count_row_tiles<kRowTile>(params, request);
-    tiles = saturating_add(tiles, count_tiles<kRowTile>(params, request));
-    row_tiles += request_row_tiles;
-    longest = max(longest, request_row_tiles > 0 ? count_token_tiles(request) : 0);
-  }
+// What some requests add up to.
+struct WorkSums {
+  int32_t tiles, row_tiles, longest_row_tile;
+};
 
-  int32_t through = tiles;  // of this warp's threads up to this one
+template <int kRowTile>
+__device__ __forceinline__ void add_request(Params const& params, Request const& request,
+                                            WorkSums& sums) {
+  int32_t const row_tiles = count_row_tiles<kRowTile>(params, request);
+  sums.tiles = saturating_add(sums.tiles, count_tiles<kRowTile>(params, request));
+  sums.row_tiles += row_tiles;
+  sums.longest_row_tile =
+      max(sums.longest_row_tile, row_tiles > 0 ? count_token_tiles(request) : 0);
+}
+
+// Sums over the warp's lanes; returns the tiles of the lanes before this one.
+__device__ __forceinline__ int32_t add_over_warp(WorkSums& sums) {
+  int32_t const lane = threadIdx.x % 32;
+  int32_t through = sums.tiles;
 #pragma unroll
   for (int32_t distance = 1; distance < 32; distance *= 2) {
     int32_t const earlier = __shfl_up_sync(0xffffffff, through, distance);
     if (lane >= distance) through = saturating_add(through, earlier);
   }
-  row_tiles = __reduce_add_sync(0xffffffff, row_tiles);
-  longest = __reduce_max_sync(0xffffffff, longest);
-  if (lane == 31) scratch.warps[warp] = make_int4(through, row_tiles, longest, 0);
-  __syncthreads();
+  sums.tiles = __shfl_sync(0xffffffff, through, 31);
+  sums.row_tiles = __reduce_add_sync(0xffffffff, sums.row_tiles);
+  sums.longest_row_tile = __reduce_max_sync(0xffffffff, sums.longest_row_tile);
+  int32_t const before = __shfl_up_sync(0xffffffff, through, 1);
+  return lane > 0 ? before : 0;
+}
 
-  int32_t before = 0, total = 0;
-  row_tiles = longest = 0;
+// Sums over the CTA's warps; returns the tiles of the warps before this one.
+__device__ __forceinline__ int32_t add_over_cta(ScheduleScratch& scratch, WorkSums& sums) {
+  int32_t const warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) {
+    scratch.warps[warp] = make_int4(sums.tiles, sums.row_tiles, sums.longest_row_tile, 0);
+  }
+  __syncthreads();
+  int32_t before = 0;
+  sums = {};
 #pragma unroll
   for (int32_t i = 0; i < kThreads / 32; ++i) {
-    int4 const sums = scratch.warps[i];
-    if (i == warp) before = total;
-    total = saturating_add(total, sums.x);
-    row_tiles += sums.y;
-    longest = max(longest, sums.z);
+    int4 const of_warp = scratch.warps[i];
+    if (i == warp) before = sums.tiles;
+    sums.tiles = saturating_add(sums.tiles, of_warp.x);
+    sums.row_tiles += of_warp.y;
+    sums.longest_row_tile = max(sums.longest_row_tile, of_warp.z);
   }
-  Partition const partition = make_partition(total, max(row_tiles, 1), longest, gridDim.x);
+  return before;
+}
+
+// Run by all threads of the CTA together; `work` is there for all after the next barrier. Up to 32
+// requests, every warp looks at all of them, one a lane, and needs no other warp. Of more, thread t
+// counts the t-th of kThreads equal shares.
+template <int kRowTile>
+__device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, CtaWork& work) {
+  bool const is_small = params.batch <= 32;
+  int32_t const requests = params.requests_per_thread;
+  int32_t const first = is_small ? int32_t(threadIdx.x) % 32 : int32_t(threadIdx.x) * requests;
+  WorkSums sums = {};
+  Request request;
+  for (int32_t i = 0; i < requests; ++i) {
+    request = clamp_request(params, load_request(params, first + i));
+    add_request<kRowTile>(params, request, sums);
+  }
+  int32_t const tiles = sums.tiles;
+  int32_t request_begin = add_over_warp(sums);
+  if (!is_small) request_begin = saturating_add(request_begin, add_over_cta(scratch, sums));
+  Partition const partition =
+      make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, gridDim.x);
   auto const [begin, end] = partition.range(blockIdx.x);
   if (threadIdx.x == 0) {
     work.partition = partition;
     work.begin = begin;
     work.end = end;
   }
-  int32_t request_begin = saturating_add(before, through - tiles);
-  if (begin < request_begin || begin >= saturating_add(before, through)) return;
+  if (begin < request_begin || begin >= saturating_add(request_begin, tiles)) return;
   int32_t index = first;  // this thread's share holds the CTA's first tile
   if (requests > 1) {
     request = clamp_request(params, load_request(params, index));
@@ -109,6 +139,7 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
       request = clamp_request(params, load_request(params, ++index));
     }
   }
+  // In a small batch a thread of every warp gets here, each with the same to say.
   work.first_request = index;
   work.first_request_begin = request_begin;
   work.request = request;
