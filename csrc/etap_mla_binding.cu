@@ -26,9 +26,8 @@ namespace {
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 // 64 rows fill WGMMA's M: rows go there. Fewer go to N, which is ETAP.
-using Bf16Traits =
-    std::conditional_t<kRowTile == 64, RowsMlaTraits<DType, kKvLoader>,
-                       EtapMlaTraits<DType, kRowTile, kKvLoader>>;
+using Bf16Traits = std::conditional_t<kRowTile == 64, RowsMlaTraits<DType, kKvLoader>,
+                                      EtapMlaTraits<DType, kRowTile, kKvLoader>>;
 using Traits = std::conditional_t<kKvCache == KvCache::kSame, Bf16Traits,
                                   EtapMlaFp8Traits<DType, kRowTile, kKvLoader, kKvCache>>;
 using CacheElement = Traits::Boxes::Element;

@@ -483,9 +483,9 @@ class Fp8MathWarpgroup {
     for (int32_t box = 0; box < Boxes::kCkv; ++box) {
 #pragma unroll
       for (int32_t block = 0; block < kRowBlocks; ++block) {
-        int32_t const index = partial_index<kRowTile>(slot, 2 * box + warpgroup_, block, warp_,
-                                                      scattered_lane) +
-                              upper_half * 2;
+        int32_t const index =
+            partial_index<kRowTile>(slot, 2 * box + warpgroup_, block, warp_, scattered_lane) +
+            upper_half * 2;
 #pragma unroll
         for (int32_t odd = 0; odd < 2; ++odd) {
           float const* const rows = &output_[box](block * 4 + odd * 2);

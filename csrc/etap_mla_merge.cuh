@@ -38,9 +38,9 @@ class Merge {
 
  public:
   struct SharedStorage {
-    float weight[kMaxCtas][8];      // of each part and row
+    float weight[kMaxCtas][8];       // of each part and row
     float2 warp_ml[kMergeWarps][8];  // maxima and sums of some parts
-    float4 sum[kMergeWarps][32];    // of warps that share a fragment
+    float4 sum[kMergeWarps][32];     // of warps that share a fragment
   };
 
   __device__ Merge(Params const& params, SharedStorage& shared)
@@ -112,13 +112,12 @@ class Merge {
     int32_t const block = unit >> log_units, share = unit & ((1 << log_units) - 1);
     auto const [descriptor, first_cta] = find_split_row_tile(block / kRowBlocks);
     BlockOfRows const rows = {descriptor, first_cta, block % kRowBlocks};
-    switch (log_units) {
-      case 0: return join_fragments<4, 1>(rows, share);
-      case 1: return join_fragments<2, 1>(rows, share);
-      case 2: return join_fragments<1, 1>(rows, share);
-      case 3: return join_fragments<1, 2>(rows, share);
-      case 4: return join_fragments<1, 4>(rows, share);
-      default: return join_fragments<1, 8>(rows, share);
+    if (log_units == 0) {
+      join_fragments<4>(rows, share, 0);
+    } else if (log_units == 1) {
+      join_fragments<2>(rows, share, 0);
+    } else {
+      join_fragments<1>(rows, share, log_units - 2);
     }
   }
 
@@ -133,26 +132,26 @@ class Merge {
     }
   };
 
-  // kPerWarp fragments a warp, or one for kSharing warps, which take turns with its parts.
-  template <int kPerWarp, int kSharing>
-  __device__ void join_fragments(BlockOfRows const& rows, int32_t unit_share) {
+  // kPerWarp fragments a warp, or one for 2^log_sharers warps, which take turns with its parts.
+  template <int kPerWarp>
+  __device__ void join_fragments(BlockOfRows const& rows, int32_t unit_share, int32_t log_sharers) {
     constexpr int32_t kPartsInFlight = kLoadsInFlight / kPerWarp;
     int32_t const num_parts = rows.descriptor.num_parts;
-    int32_t const sharer = warp_ % kSharing;
-    int32_t const first_fragment = (unit_share * (kMergeWarps / kSharing) + warp_ / kSharing) * kPerWarp;
+    int32_t const sharers = 1 << log_sharers, sharer = warp_ & (sharers - 1);
+    int32_t const first_fragment = ((unit_share * kMergeWarps + warp_) >> log_sharers) * kPerWarp;
     float4 parts[kPerWarp][kPartsInFlight];
-    load_parts(parts, rows, first_fragment, sharer, kSharing);
+    load_parts(parts, rows, first_fragment, sharer, sharers);
     weigh_parts(rows, /*writes_lse=*/unit_share == 0);
 
     float4 sums[kPerWarp] = {};
-    add_parts(sums, parts, num_parts, sharer, kSharing);
+    add_parts(sums, parts, num_parts, sharer, sharers);
 #pragma unroll 1
-    for (int32_t part = sharer + kPartsInFlight * kSharing; part < num_parts;
-         part += kPartsInFlight * kSharing) {
-      load_parts(parts, rows, first_fragment, part, kSharing);
-      add_parts(sums, parts, num_parts, part, kSharing);
+    for (int32_t part = sharer + kPartsInFlight * sharers; part < num_parts;
+         part += kPartsInFlight * sharers) {
+      load_parts(parts, rows, first_fragment, part, sharers);
+      add_parts(sums, parts, num_parts, part, sharers);
     }
-    if constexpr (kSharing > 1) add_sharers<kSharing>(sums[0], sharer);
+    if (sharers > 1) add_sharers(sums[0], sharers, sharer);
     if (sharer == 0) {
 #pragma unroll
       for (int32_t i = 0; i < kPerWarp; ++i) write_fragment(sums[i], rows, first_fragment + i);
@@ -172,8 +171,8 @@ class Merge {
         parts[j][i] = {};
         if (part >= rows.descriptor.num_parts) continue;
         int32_t const fragment = first_fragment + j;
-        int32_t const index = partial_index<kRowTile>(rows.slot(part), fragment / 4, rows.block,
-                                                      fragment % 4, lane_);
+        int32_t const index =
+            partial_index<kRowTile>(rows.slot(part), fragment / 4, rows.block, fragment % 4, lane_);
         parts[j][i] = *reinterpret_cast<float4 const*>(params_.partial_out + index);
       }
     }
@@ -188,8 +187,7 @@ class Merge {
       int32_t const part = first_part + i * stride;
       if (part >= num_parts) break;
       // A lane has two rows: 2 * (lane % 4) and the next.
-      auto const weight =
-          *reinterpret_cast<float2 const*>(&shared_.weight[part][2 * (lane_ % 4)]);
+      auto const weight = *reinterpret_cast<float2 const*>(&shared_.weight[part][2 * (lane_ % 4)]);
 #pragma unroll
       for (int32_t j = 0; j < kPerWarp; ++j) {
         sums[j].x += weight.x * parts[j][i].x;
@@ -252,13 +250,11 @@ class Merge {
   }
 
   // Warps of one fragment are neighbours; the first has the result.
-  template <int kSharing>
-  __device__ void add_sharers(float4& sum, int32_t sharer) {
+  __device__ void add_sharers(float4& sum, int32_t sharers, int32_t sharer) {
     shared_.sum[warp_][lane_] = sum;
     __syncthreads();
     if (sharer > 0) return;
-#pragma unroll
-    for (int32_t i = 1; i < kSharing; ++i) {
+    for (int32_t i = 1; i < sharers; ++i) {
       float4 const other = shared_.sum[warp_ + i][lane_];
       sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
     }

@@ -25,8 +25,9 @@
 
 namespace etap {
 
-// And the next: P of warpgroup 0's, 1's tile is there.
+// And the next: P, or the reference, of warpgroup 0's, 1's tile is there.
 constexpr uint32_t kProbabilityBarrier = 3;
+constexpr uint32_t kReferenceBarrier = 5;
 
 // The softmax subtracts a reference r from the scores (base 2), which is a maximum, but not of all
 // tokens so far: it is raised only when a score is 2^8 times above. P is then at most 2^8, and O is
@@ -39,7 +40,7 @@ class RowsMathWarpgroup {
   using SharedStorage = typename Traits::SharedStorage;
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRows = 2;  // of a thread: lane / 4 of its warp's 16, and that plus 8
-  static constexpr int kOutputBlocks = kBoxesPerWarpgroup * kBoxColumns / 8;  // of 8 columns
+  static constexpr int kOutputBlocks = Traits::kHalfColumns / 8;
 
  public:
   __device__ RowsMathWarpgroup(Params const& params, SharedStorage& shared)
@@ -79,8 +80,7 @@ class RowsMathWarpgroup {
       reference_[i] = -INFINITY;
       row_sum_[i] = 0.f;
     }
-#pragma unroll
-    for (int32_t i = 0; i < Traits::kPvGroups; ++i) clear(output_[i]);
+    clear(output_);
     // A warpgroup without a tile of its own in this segment has no use for Q.
     if (num_tiles == 1 && (tile_number_ & 1) != warpgroup_) {
       arrive_once_per_warp(&shared_.query_empty, 1);
@@ -136,21 +136,23 @@ class RowsMathWarpgroup {
     tile_number_ += 2;
   }
 
-  // O[g] += P V[g] of tile_ - 1.
+  // Issues O[g] += P V[g] of tile_ - 1. The other warpgroup tells its reference before its P.
   template <bool kSplits>
   __device__ __forceinline__ void begin_other_tile() {
-    cutlass::arch::NamedBarrier::sync(kMathThreads, kProbabilityBarrier + other_warpgroup());
+    cutlass::arch::NamedBarrier::sync(kMathThreads, kReferenceBarrier + other_warpgroup());
     float reference[kRows];
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) reference[i] = shared_.reference[other_warpgroup()][row(i)];
     follow_reference(reference);
+    wait_for_values(tile_number_ - 1);
+    cutlass::arch::NamedBarrier::sync(kMathThreads, kProbabilityBarrier + other_warpgroup());
 
     typename Traits::MmaPvShared mma;
     auto const thread_mma = mma.get_slice(thread_);
     Tensor high = make_tensor(make_smem_ptr(shared_.probability), typename Traits::LayoutP{});
     Tensor low = make_tensor(make_smem_ptr(box(other_warpgroup(), 0)), typename Traits::LayoutP{});
     multiply_values<kSplits>(mma, thread_mma.partition_fragment_A(high),  // (MMA, 1, 4)
-                             thread_mma.partition_fragment_A(low), tile_ - 1);
+                             thread_mma.partition_fragment_A(low), tile_ - 1, other_warpgroup());
   }
 
   template <bool kSplits>
@@ -161,47 +163,25 @@ class RowsMathWarpgroup {
 
   template <bool kSplits>
   __device__ __forceinline__ void accumulate_own_tile() {
+    wait_for_values(tile_number_);
     typename Traits::MmaPvRegisters mma;
-    multiply_values<kSplits>(mma, probability_, probability_low_, tile_);
+    multiply_values<kSplits>(mma, probability_, probability_low_, tile_, warpgroup_);
     release_values(warpgroup_);
   }
 
-  // Issues O[g] += P V[g], one group of WGMMAs for each group of columns.
   template <bool kSplits, class Mma, class Operand>
   __device__ __forceinline__ void multiply_values(Mma mma, Operand const& high, Operand const& low,
-                                                  int32_t tile) {
-    prepare_values(tile);
-    int32_t const stage = (tile_number_ - (tile_ - tile)) & 1;
+                                                  int32_t tile, int32_t stage) {
+    if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end(tile, stage);
+    Tensor v =
+        make_tensor(make_smem_ptr(box(stage, first_value_box())), typename Traits::LayoutV{});
+    Tensor v_operand = mma.get_slice(thread_).partition_fragment_B(v);  // (MMA, 1, 4)
     mma.accumulate_ = GMMA::ScaleOut::One;
-#pragma unroll
-    for (int32_t i = 0; i < Traits::kPvGroups; ++i) warpgroup_fence_operand(output_[i]);
-#pragma unroll
-    for (int32_t i = 0; i < Traits::kPvGroups; ++i) {
-      auto* const first_box = box(stage, first_value_box() + i * Traits::kBoxesPerGroup);
-      Tensor v = make_tensor(make_smem_ptr(first_box), typename Traits::LayoutV{});
-      Tensor v_operand = mma.get_slice(thread_).partition_fragment_B(v);  // (MMA, 1, 4)
-      warpgroup_arrive();
-      gemm(mma, high, v_operand, output_[i]);
-      if constexpr (kSplits) gemm(mma, low, v_operand, output_[i]);
-      warpgroup_commit_batch();
-    }
-  }
-
-  // Waits for the products and gives the boxes back, group by group.
-  template <int kGroup = 0>
-  __device__ __forceinline__ void release_values(int32_t stage) {
-    if constexpr (kGroup < Traits::kPvGroups) {
-      warpgroup_wait<Traits::kPvGroups - 1 - kGroup>();
-#pragma unroll
-      for (int32_t i = 0; i < Traits::kBoxesPerGroup; ++i) {
-        int32_t const number = first_value_box() + kGroup * Traits::kBoxesPerGroup + i;
-        arrive_once_per_warp(box_empty(stage, number), kMathWarpgroups);
-      }
-      release_values<kGroup + 1>(stage);
-    } else {
-#pragma unroll
-      for (int32_t i = 0; i < Traits::kPvGroups; ++i) warpgroup_fence_operand(output_[i]);
-    }
+    warpgroup_fence_operand(output_);
+    warpgroup_arrive();
+    gemm(mma, high, v_operand, output_);
+    if constexpr (kSplits) gemm(mma, low, v_operand, output_);
+    warpgroup_commit_batch();
   }
 
   // --- Boxes ------------------------------------------------------------------------------------
@@ -230,17 +210,26 @@ class RowsMathWarpgroup {
     arrive_once_per_warp(box_empty(stage, 0), kMathWarpgroups);
   }
 
-  // Waits for V[g] of a tile that already has its P. Beyond the request's end a box holds whatever
-  // the page or an earlier tile left there. P is zero there, but 0 * NaN is not: V must be zero
-  // too. (K needs no such care: its scores are masked.)
-  __device__ __forceinline__ void prepare_values(int32_t tile) const {
-    uint32_t const tile_number = tile_number_ - (tile_ - tile);
-    int32_t const stage = tile_number & 1;
+  // Waits for the products with V[g], and gives its boxes back.
+  __device__ __forceinline__ void release_values(int32_t stage) {
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(output_);
 #pragma unroll
     for (int32_t i = 0; i < kBoxesPerWarpgroup; ++i) {
-      wait_for_box(stage, first_value_box() + i, tile_number);
+      arrive_once_per_warp(box_empty(stage, first_value_box() + i), kMathWarpgroups);
     }
-    if constexpr (Traits::kKvLoader == KvLoader::kGather) return;
+  }
+
+  __device__ __forceinline__ void wait_for_values(uint32_t tile_number) const {
+#pragma unroll
+    for (int32_t i = 0; i < kBoxesPerWarpgroup; ++i) {
+      wait_for_box(tile_number & 1, first_value_box() + i, tile_number);
+    }
+  }
+
+  // Beyond the request's end a box holds whatever the page or an earlier tile left there. P is zero
+  // there, but 0 * NaN is not: V must be zero too. (K needs no such care: its scores are masked.)
+  __device__ __forceinline__ void clear_tokens_past_end(int32_t tile, int32_t stage) const {
     int32_t const tokens = max(segment().request.kv_len - tile * kTokenTile, 0);
     if (tokens >= kTokenTile) return;
     auto* const chunks = reinterpret_cast<uint4*>(box(stage, first_value_box()));
@@ -300,8 +289,7 @@ class RowsMathWarpgroup {
 
   // O of this thread's row i and column 8 * block + 2 * (lane % 4) + odd of its warpgroup's half.
   __device__ float& output(int32_t i, int32_t block, int32_t odd) {
-    constexpr int32_t kBlocks = Traits::kPvColumns / 8;
-    return output_[block / kBlocks](block % kBlocks * 4 + i * 2 + odd);
+    return output_(block * 4 + i * 2 + odd);
   }
 
   // To units of log2, -inf where a row does not see a token.
@@ -344,11 +332,13 @@ class RowsMathWarpgroup {
       reference[i] = fmaxf(reference_[i], max);
       if (lane_ % 4 == 0) shared_.reference[warpgroup_][row(i)] = reference[i];
     }
+    cutlass::arch::NamedBarrier::arrive(kMathThreads, kReferenceBarrier + warpgroup_);
   }
 
   // Turns the scores into probabilities, and these into operands.
   template <bool kSplits>
-  __device__ __forceinline__ void exponentiate(float const (&reference)[kRows], float (&tile_sum)[kRows]) {
+  __device__ __forceinline__ void exponentiate(float const (&reference)[kRows],
+                                               float (&tile_sum)[kRows]) {
     Tensor words = recast<uint32_t>(probability_);
     Tensor low_words = recast<uint32_t>(probability_low_);
 #pragma unroll
@@ -417,7 +407,7 @@ class RowsMathWarpgroup {
   // --- End of a segment -------------------------------------------------------------------------
 
   __device__ __forceinline__ void finish_segment() {
-    float(&sums)[kMathWarpgroups][kRowTile] = shared_.row_sum[segment_number_ & 1];
+    float (&sums)[kMathWarpgroups][kRowTile] = shared_.row_sum[segment_number_ & 1];
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
       row_sum_[i] += __shfl_xor_sync(0xffffffff, row_sum_[i], 1);
@@ -457,7 +447,7 @@ class RowsMathWarpgroup {
       if (row(i) >= segment().num_rows) continue;
       float const scale = normalizer(row_sum_[i]);
       DType* const out = output_row<DType>(params_, segment().packed_row + row(i)) +
-                         warpgroup_ * kOutputBlocks * 8 + 2 * (lane_ % 4);
+                         warpgroup_ * Traits::kHalfColumns + 2 * (lane_ % 4);
 #pragma unroll
       for (int32_t block = 0; block < kOutputBlocks; ++block) {
         *reinterpret_cast<uint32_t*>(out + block * 8) =
@@ -510,8 +500,7 @@ class RowsMathWarpgroup {
       typename Traits::MmaPvRegisters{}, Shape<Int<kRowTile>, Int<kTokenTile>>{})));
   Probabilities probability_, probability_low_;
   decltype(partition_fragment_C(typename Traits::MmaPvRegisters{},
-                                Shape<Int<kRowTile>, Int<Traits::kPvColumns>>{}))
-      output_[Traits::kPvGroups];
+                                Shape<Int<kRowTile>, Int<Traits::kHalfColumns>>{})) output_;
   float reference_[kRows];  // what output_ and row_sum_ are relative to
   float row_sum_[kRows];    // over this thread's tokens only, until the segment ends
 };

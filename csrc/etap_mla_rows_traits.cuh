@@ -52,22 +52,17 @@ struct RowsMlaTraits {
   using LayoutQ = decltype(tile_to_shape(
       KAtom{}, Shape<Int<kRowTile>, Int<kBoxColumns>, Int<kBoxesPerTile>>{}));
   using LayoutP = decltype(tile_to_shape(KAtom{}, Shape<Int<kRowTile>, Int<kTokenTile>>{}));
-  // Columns of one WGMMA of P V: the boxes behind them are free when it is done.
-#ifndef PVC
-#define PVC 64
-#endif
-  static constexpr int kPvColumns = PVC;
-  static constexpr int kPvGroups = kHeadDimCkv / kMathWarpgroups / kPvColumns;
-  static constexpr int kBoxesPerGroup = kPvColumns / kBoxColumns;
-  using LayoutV = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<DType>{},
-                                         Shape<Int<kPvColumns>, Int<kTokenTile>>{},
-                                         Step<_2, _1>{}));
+  // Half of d_v: four boxes, one behind the other.
+  static constexpr int kHalfColumns = kHeadDimCkv / kMathWarpgroups;
+  using LayoutV =
+      decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<DType>{},
+                             Shape<Int<kHalfColumns>, Int<kTokenTile>>{}, Step<_2, _1>{}));
 
   using MmaQk = decltype(make_tiled_mma(
       GMMA::ss_op_selector<DType, DType, float, Shape<Int<kRowTile>, Int<kTokenTile>, _16>,
                            GMMA::Major::K, GMMA::Major::K>()));
   // P of the other warpgroup lies in shared memory, one's own in registers.
-  using ShapePv = Shape<Int<kRowTile>, Int<kPvColumns>, _16>;
+  using ShapePv = Shape<Int<kRowTile>, Int<kHalfColumns>, _16>;
   using MmaPvShared = decltype(make_tiled_mma(
       GMMA::ss_op_selector<DType, DType, float, ShapePv, GMMA::Major::K, GMMA::Major::MN>()));
   using MmaPvRegisters = decltype(make_tiled_mma(
@@ -77,7 +72,7 @@ struct RowsMlaTraits {
     alignas(1024) DType ring[kRingBoxes * kBoxElements];
     alignas(1024) DType query[cosize_v<LayoutQ>];
     alignas(1024) DType probability[cosize_v<LayoutP>];
-    float reference[kMathWarpgroups][kRowTile];  // of the last tile that the warpgroup made P of
+    float reference[kMathWarpgroups][kRowTile];   // of the last tile that the warpgroup made P of
     float row_sum[2][kMathWarpgroups][kRowTile];  // [segment number % 2], at a segment's end
     ScheduleScratch schedule;
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
