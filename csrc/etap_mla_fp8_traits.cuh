@@ -28,8 +28,10 @@ struct EtapMlaFp8Traits {
   using Boxes = CacheBoxes<uint8_t, 128>;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
+  static constexpr bool kMergeFitsBeside = false;
+  static constexpr int kLaunchRegisters = 168;
   static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
-  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
+  static constexpr int kProducerRegisters = 3 * kLaunchRegisters - kMathWarpgroups * kMathRegisters;
 
   static constexpr int kRowsPerThread = kRowTile / 4;
 

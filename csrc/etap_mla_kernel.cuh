@@ -513,7 +513,7 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(65536 / Traits::kLaunchRegisters / 128 * 128, 1)
     etap_mla_kernel(__grid_constant__ Params const params,
                     __grid_constant__ CUtensorMap const ckv_map,
                     __grid_constant__ CUtensorMap const kpe_map) {
@@ -536,7 +536,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (work.begin >= work.end) return;
 
   if (threadIdx.x >= kMathThreads) {
-    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if constexpr (!Traits::kMergeFitsBeside) {
+      cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    }
     int32_t const warp = threadIdx.x / 32 % 4;
     if (warp >= 2) {
       load_queries<Traits>(params, shared, work);
@@ -546,7 +548,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_cache_by_tma<Traits>(params, ckv_map, kpe_map, shared, work);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
+    if constexpr (!Traits::kMergeFitsBeside) {
+      cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
+    }
     if constexpr (Traits::kKvCache != KvCache::kSame) {
       Fp8MathWarpgroup<Traits>(params, shared).run();
     } else if constexpr (Traits::kRowTile == 64) {

@@ -3,18 +3,12 @@
  *
  * Joins the parts of row tiles that several CTAs of the attention kernel shared:
  *
- *   M = max m_p,  L = sum 2^(m_p - M) l_p,  O = sum w_p O_p with w_p = 2^(m_p - M) / L,
- *   LSE = M + log2 L
+ *   M = max m_p,  L = sum 2^(m_p - M) l_p,  O = sum 2^(m_p - M) O_p / L,  LSE = M + log2 L
  *
- * A unit of work is a block of 8 rows of a split row tile, or some of its 32 fragments (16 columns
- * of d_v x 8 rows, what a warp has of an accumulator) when there are CTAs to spare. All warps of
- * the CTA work on one unit. This kernel is nothing but latency, so everything is asked for at once:
- *
- *   1  descriptors of split row tiles                  -> which rows, how many parts
- *   2  m, l of all parts; O of the first parts         -> one trip to memory
- *   3  weights w_p -> shared memory; barrier
- *   4  O += w_p O_p, further parts if there are many
- *   5  fragments that several warps shared: sum through shared memory
+ * A unit is one accumulator fragment of a warp (16 columns of d_v x 8 rows). The warps of a CTA
+ * take a unit each or, with warps to spare, share the parts of a unit, each with an M of its own
+ * until the shares are added. Whatever a warp needs it finds by itself: this kernel is nothing but
+ * latency, two trips to memory (descriptors; parts) and, for shares, one barrier.
  */
 #pragma once
 
@@ -22,45 +16,69 @@
 
 namespace etap {
 
-constexpr int kMergeWarps = 8;
-constexpr int kMergeThreads = kMergeWarps * 32;
-constexpr int kMergeCtasPerSm = 2;
 constexpr int kMaxCtas = 160;  // of the attention kernel: one an SM, of which Hopper has 144
+
+// On each SM: one small CTA beside one of the attention kernel, or two after it.
+template <class Traits>
+constexpr int kLogMergeWarps = Traits::kMergeFitsBeside ? 2 : 3;
+template <class Traits>
+constexpr int kMergeThreads = 32 << kLogMergeWarps<Traits>;
+template <class Traits>
+constexpr int kMergeCtasPerSm = Traits::kMergeFitsBeside ? 1 : 2;
+
+// Some parts of 8 rows joined. A lane has two rows, 2 * (lane % 4) and the next.
+struct JoinedParts {
+  float4 sum;  // columns lane / 4 and lane / 4 + 8: (d, row), (d, row + 1), (d + 8, row), ...
+  float2 max, total;
+
+  __device__ static JoinedParts none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
+
+  __device__ void rescale(float2 new_max) {
+    float const f0 = rescale_factor(max.x, new_max.x), f1 = rescale_factor(max.y, new_max.y);
+    sum = {sum.x * f0, sum.y * f1, sum.z * f0, sum.w * f1};
+    total = {total.x * f0, total.y * f1};
+    max = new_max;
+  }
+
+  __device__ void add(JoinedParts other) {
+    float2 const new_max = {fmaxf(max.x, other.max.x), fmaxf(max.y, other.max.y)};
+    rescale(new_max);
+    other.rescale(new_max);
+    sum = {sum.x + other.sum.x, sum.y + other.sum.y, sum.z + other.sum.z, sum.w + other.sum.w};
+    total = {total.x + other.total.x, total.y + other.total.y};
+  }
+};
 
 template <class Traits>
 class Merge {
   using DType = typename Traits::DType;
+  static constexpr int kLogWarps = kLogMergeWarps<Traits>, kWarps = 1 << kLogWarps;
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
-  static constexpr int kFragments = kCkvBoxes * 4;  // of 8 rows: boxes x warps of a warpgroup
-  static constexpr int kLoadsInFlight = 16;         // float4 of O a thread
+  static constexpr int kUnitsPerBlock = kCkvBoxes * 4;  // of 8 rows: boxes x warps of a warpgroup
+  static constexpr int kUnitsPerRowTile = kRowBlocks * kUnitsPerBlock;
+  static constexpr int kPartsInFlight = 8;
   static constexpr int kDescriptorsPerLane = kMaxCtas / 32;
 
  public:
   struct SharedStorage {
-    float weight[kMaxCtas][8];       // of each part and row
-    float2 warp_ml[kMergeWarps][8];  // maxima and sums of some parts
-    float4 sum[kMergeWarps][32];     // of warps that share a fragment
+    JoinedParts shares[kWarps][32];
   };
 
   __device__ Merge(Params const& params, SharedStorage& shared)
       : params_(params), shared_(shared) {}
 
-  // Goes through the code with nothing to join, while the attention kernel still runs: afterwards
-  // its instructions and constants are in the caches.
-  __device__ void rehearse() {
-#pragma unroll
-    for (int32_t i = 0; i < kDescriptorsPerLane; ++i) descriptors_[i] = {};
-    join(/*unit=*/0, /*log_units=*/5);
-  }
-
-  __device__ void run(int32_t num_ctas) {
-    int32_t const num_blocks = load_descriptors(num_ctas) * kRowBlocks;
-    // Units that a block of rows is cut into: the most that leave none to a second round.
-    int32_t log_units = 5;
-    while (log_units > 0 && num_blocks << log_units > int32_t(gridDim.x)) --log_units;
-    for (int32_t unit = blockIdx.x; unit < num_blocks << log_units; unit += gridDim.x) {
-      join(unit, log_units);
+  // A rehearsal goes through the code with nothing to join, while the attention kernel still runs:
+  // afterwards its instructions and constants are in the caches.
+  __device__ void run(int32_t num_ctas, bool is_rehearsal) {
+    int32_t const num_units = load_descriptors(is_rehearsal ? 0 : num_ctas) * kUnitsPerRowTile;
+    // Units that a CTA joins at once: the fewest that leave none to a second round.
+    int32_t log_units = 0;
+    while (log_units < kLogWarps && num_units > int32_t(gridDim.x) << log_units) ++log_units;
+    int32_t first = blockIdx.x << log_units;
+    int32_t const end = is_rehearsal ? first + 1 : num_units;
+    for (; first < end; first += gridDim.x << log_units) {
+      join(first + (warp_ & ((1 << log_units) - 1)), log_units);
     }
   }
 
@@ -107,166 +125,93 @@ class Merge {
     return found;
   }
 
-  // Units are numbered row tile, block of 8 rows, share of its fragments.
+  // Units are numbered row tile, block of 8 rows, box of d_v, warp. Warp w of the CTA works on the
+  // parts w >> log_units, + num_shares, ... of its unit.
   __device__ void join(int32_t unit, int32_t log_units) {
-    int32_t const block = unit >> log_units, share = unit & ((1 << log_units) - 1);
-    auto const [descriptor, first_cta] = find_split_row_tile(block / kRowBlocks);
-    BlockOfRows const rows = {descriptor, first_cta, block % kRowBlocks};
-    if (log_units == 0) {
-      join_fragments<4>(rows, share, 0);
-    } else if (log_units == 1) {
-      join_fragments<2>(rows, share, 0);
-    } else {
-      join_fragments<1>(rows, share, log_units - 2);
+    int32_t const num_shares = kWarps >> log_units, share = warp_ >> log_units;
+    int32_t const row_block = unit / kUnitsPerBlock % kRowBlocks;
+    int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
+    auto const [descriptor, first_cta] = find_split_row_tile(unit / kUnitsPerRowTile);
+
+    JoinedParts joined = JoinedParts::none();
+    for (int32_t part = share; part < descriptor.num_parts; part += kPartsInFlight * num_shares) {
+      join_parts(joined, descriptor.num_parts, first_cta, part, num_shares,
+                 partial_index<kRowTile>(0, box, row_block, fragment_warp, lane_),
+                 row_block * 8 + 2 * (lane_ % 4));
     }
+    if (num_shares > 1) add_shares(joined, share, log_units);
+    if (share == 0) {
+      write_output(joined, descriptor, row_block, box * kBoxColumns + fragment_warp * 16);
+    }
+    if (num_shares > 1) __syncthreads();  // the next units use the same shared memory
   }
 
-  struct BlockOfRows {
-    MergeDescriptor descriptor;
-    int32_t first_cta;
-    int32_t block;  // of the row tile
-
-    // The beginning of a row tile lies in its CTA's second slot, every continuation in the first.
-    __device__ int32_t slot(int32_t part) const {
-      return 2 * (first_cta + part) + (part == 0 ? 1 : 0);
-    }
-  };
-
-  // kPerWarp fragments a warp, or one for 2^log_sharers warps, which take turns with its parts.
-  template <int kPerWarp>
-  __device__ void join_fragments(BlockOfRows const& rows, int32_t unit_share, int32_t log_sharers) {
-    constexpr int32_t kPartsInFlight = kLoadsInFlight / kPerWarp;
-    int32_t const num_parts = rows.descriptor.num_parts;
-    int32_t const sharers = 1 << log_sharers, sharer = warp_ & (sharers - 1);
-    int32_t const first_fragment = ((unit_share * kMergeWarps + warp_) >> log_sharers) * kPerWarp;
-    float4 parts[kPerWarp][kPartsInFlight];
-    load_parts(parts, rows, first_fragment, sharer, sharers);
-    weigh_parts(rows, /*writes_lse=*/unit_share == 0);
-
-    float4 sums[kPerWarp] = {};
-    add_parts(sums, parts, num_parts, sharer, sharers);
-#pragma unroll 1
-    for (int32_t part = sharer + kPartsInFlight * sharers; part < num_parts;
-         part += kPartsInFlight * sharers) {
-      load_parts(parts, rows, first_fragment, part, sharers);
-      add_parts(sums, parts, num_parts, part, sharers);
-    }
-    if (sharers > 1) add_sharers(sums[0], sharers, sharer);
-    if (sharer == 0) {
-#pragma unroll
-      for (int32_t i = 0; i < kPerWarp; ++i) write_fragment(sums[i], rows, first_fragment + i);
-    }
-    __syncthreads();  // the next unit uses the same shared memory
+  // The beginning of a row tile lies in its CTA's second slot, every continuation in the first.
+  __device__ static int32_t slot_of(int32_t first_cta, int32_t part) {
+    return 2 * (first_cta + part) + (part == 0 ? 1 : 0);
   }
 
-  // O of parts first_part, + stride, ..., as many as are in flight or exist.
-  template <int kPerWarp, int kPartsInFlight>
-  __device__ void load_parts(float4 (&parts)[kPerWarp][kPartsInFlight], BlockOfRows const& rows,
-                             int32_t first_fragment, int32_t first_part, int32_t stride) const {
+  // Adds parts first_part, + stride, ..., kPartsInFlight of them or as many as there are.
+  __device__ void join_parts(JoinedParts& joined, int32_t num_parts, int32_t first_cta,
+                             int32_t first_part, int32_t stride, int32_t index, int32_t row) {
+    JoinedParts parts[kPartsInFlight];
 #pragma unroll
     for (int32_t i = 0; i < kPartsInFlight; ++i) {
+      parts[i] = JoinedParts::none();
       int32_t const part = first_part + i * stride;
-#pragma unroll
-      for (int32_t j = 0; j < kPerWarp; ++j) {
-        parts[j][i] = {};
-        if (part >= rows.descriptor.num_parts) continue;
-        int32_t const fragment = first_fragment + j;
-        int32_t const index =
-            partial_index<kRowTile>(rows.slot(part), fragment / 4, rows.block, fragment % 4, lane_);
-        parts[j][i] = *reinterpret_cast<float4 const*>(params_.partial_out + index);
-      }
+      if (part >= num_parts) continue;
+      int32_t const slot = slot_of(first_cta, part);
+      parts[i].sum = *reinterpret_cast<float4 const*>(params_.partial_out +
+                                                      slot * (kHeadDimCkv * kRowTile) + index);
+      float4 const ml =
+          *reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row);
+      parts[i].max = {ml.x, ml.z};
+      parts[i].total = {ml.y, ml.w};
     }
-  }
-
-  template <int kPerWarp, int kPartsInFlight>
-  __device__ void add_parts(float4 (&sums)[kPerWarp],
-                            float4 const (&parts)[kPerWarp][kPartsInFlight], int32_t num_parts,
-                            int32_t first_part, int32_t stride) const {
+    float2 new_max = joined.max;
 #pragma unroll
     for (int32_t i = 0; i < kPartsInFlight; ++i) {
-      int32_t const part = first_part + i * stride;
-      if (part >= num_parts) break;
-      // A lane has two rows: 2 * (lane % 4) and the next.
-      auto const weight = *reinterpret_cast<float2 const*>(&shared_.weight[part][2 * (lane_ % 4)]);
+      new_max = {fmaxf(new_max.x, parts[i].max.x), fmaxf(new_max.y, parts[i].max.y)};
+    }
+    joined.rescale(new_max);
 #pragma unroll
-      for (int32_t j = 0; j < kPerWarp; ++j) {
-        sums[j].x += weight.x * parts[j][i].x;
-        sums[j].y += weight.y * parts[j][i].y;
-        sums[j].z += weight.x * parts[j][i].z;
-        sums[j].w += weight.y * parts[j][i].w;
-      }
+    for (int32_t i = 0; i < kPartsInFlight; ++i) {
+      float const f0 = rescale_factor(parts[i].max.x, new_max.x);
+      float const f1 = rescale_factor(parts[i].max.y, new_max.y);
+      joined.sum.x += f0 * parts[i].sum.x;
+      joined.sum.y += f1 * parts[i].sum.y;
+      joined.sum.z += f0 * parts[i].sum.z;
+      joined.sum.w += f1 * parts[i].sum.w;
+      joined.total.x += f0 * parts[i].total.x;
+      joined.total.y += f1 * parts[i].total.y;
     }
   }
 
-  // Weights of all parts for the block's 8 rows: thread t has row t % 8 of parts t / 8, + 32, ...
-  __device__ void weigh_parts(BlockOfRows const& rows, bool writes_lse) {
-    constexpr int32_t kPartsPerPass = kMergeThreads / 8, kPasses = kMaxCtas / kPartsPerPass;
-    static_assert(kPasses * kPartsPerPass == kMaxCtas);
-    int32_t const row = threadIdx.x % 8, first_part = threadIdx.x / 8;
-    float2 ml[kPasses];
-    float max = -INFINITY;
-#pragma unroll
-    for (int32_t i = 0; i < kPasses; ++i) {
-      int32_t const part = first_part + i * kPartsPerPass;
-      ml[i] = {-INFINITY, 0.f};
-      if (part >= rows.descriptor.num_parts) continue;
-      ml[i] = params_.partial_ml[rows.slot(part) * kRowTile + rows.block * 8 + row];
-    }
-#pragma unroll
-    for (int32_t i = 0; i < kPasses; ++i) max = fmaxf(max, ml[i].x);
-    max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 8));
-    max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 16));
-    float sum = 0.f;
-#pragma unroll
-    for (int32_t i = 0; i < kPasses; ++i) sum += rescale_factor(ml[i].x, max) * ml[i].y;
-    sum += __shfl_xor_sync(0xffffffff, sum, 8);
-    sum += __shfl_xor_sync(0xffffffff, sum, 16);
-    if (lane_ < 8) shared_.warp_ml[warp_][row] = {max, sum};
+  // Adds what the warps of the same unit have, in the order of their shares.
+  __device__ void add_shares(JoinedParts& joined, int32_t share, int32_t log_units) {
+    shared_.shares[warp_][lane_] = joined;
     __syncthreads();
-
-    float total_max = -INFINITY, total = 0.f;
-#pragma unroll
-    for (int32_t i = 0; i < kMergeWarps; ++i) {
-      total_max = fmaxf(total_max, shared_.warp_ml[i][row].x);
-    }
-#pragma unroll
-    for (int32_t i = 0; i < kMergeWarps; ++i) {
-      float2 const of_warp = shared_.warp_ml[i][row];
-      total += rescale_factor(of_warp.x, total_max) * of_warp.y;
-    }
-    float const scale = normalizer(total);
-#pragma unroll
-    for (int32_t i = 0; i < kPasses; ++i) {
-      int32_t const part = first_part + i * kPartsPerPass;
-      shared_.weight[part][row] = rescale_factor(ml[i].x, total_max) * scale;
-    }
-    int32_t const row_of_tile = rows.block * 8 + row;
-    if (writes_lse && threadIdx.x < 8 && params_.lse != nullptr &&
-        row_of_tile < rows.descriptor.num_rows) {
-      params_.lse[rows.descriptor.packed_row + row_of_tile] =
-          log_sum_exp(params_, total_max, total);
-    }
-    __syncthreads();
-  }
-
-  // Warps of one fragment are neighbours; the first has the result.
-  __device__ void add_sharers(float4& sum, int32_t sharers, int32_t sharer) {
-    shared_.sum[warp_][lane_] = sum;
-    __syncthreads();
-    if (sharer > 0) return;
-    for (int32_t i = 1; i < sharers; ++i) {
-      float4 const other = shared_.sum[warp_ + i][lane_];
-      sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+    if (share > 0) return;
+    for (int32_t warp = warp_ + (1 << log_units); warp < kWarps; warp += 1 << log_units) {
+      joined.add(shared_.shares[warp][lane_]);
     }
   }
 
-  __device__ void write_fragment(float4 const& sum, BlockOfRows const& rows,
-                                 int32_t fragment) const {
-    int32_t const row = rows.block * 8 + lane_ / 4;
-    bool const exists = row < rows.descriptor.num_rows;
-    DType* const out_row =
-        output_row<DType>(params_, rows.descriptor.packed_row + (exists ? row : 0));
-    store_fragment({{sum.x, sum.y, sum.z, sum.w}}, 1.f, 1.f, out_row, fragment * 16, exists);
+  __device__ void write_output(JoinedParts const& joined, MergeDescriptor const& descriptor,
+                               int32_t row_block, int32_t column) const {
+    int32_t const row = row_block * 8 + lane_ / 4;
+    bool const exists = row < descriptor.num_rows;
+    DType* const out_row = output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0));
+    float const scale_0 = normalizer(joined.total.x), scale_1 = normalizer(joined.total.y);
+    store_fragment({{joined.sum.x, joined.sum.y, joined.sum.z, joined.sum.w}}, scale_0, scale_1,
+                   out_row, column, exists);
+    if (column != 0 || lane_ >= 4 || params_.lse == nullptr) return;
+    int32_t const lse_row = row_block * 8 + 2 * lane_;
+    float* const lse = params_.lse + descriptor.packed_row + lse_row;
+    if (lse_row < descriptor.num_rows) lse[0] = log_sum_exp(params_, joined.max.x, joined.total.x);
+    if (lse_row + 1 < descriptor.num_rows) {
+      lse[1] = log_sum_exp(params_, joined.max.y, joined.total.y);
+    }
   }
 
   Params const& params_;
@@ -277,15 +222,20 @@ class Merge {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(kMergeThreads, kMergeCtasPerSm)
+__global__ void __launch_bounds__(kMergeThreads<Traits>, 512 / kMergeThreads<Traits>)
     etap_mla_merge_kernel(__grid_constant__ Params const params, int32_t num_ctas) {
+  static_assert(!Traits::kMergeFitsBeside ||
+                sizeof(typename Merge<Traits>::SharedStorage) + 1024 <= kMergeSharedMemory);
   __shared__ typename Merge<Traits>::SharedStorage shared;
   Merge<Traits> merge(params, shared);
-  merge.rehearse();
-  // The next kernel of a chain of dependent launches may set itself up beside this one.
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
-  merge.run(num_ctas);
+#pragma unroll 1
+  for (bool is_rehearsal = true;; is_rehearsal = false) {
+    merge.run(num_ctas, is_rehearsal);
+    if (!is_rehearsal) break;
+    // The next kernel of a chain of dependent launches may set itself up beside this one.
+    cudaTriggerProgrammaticLaunchCompletion();
+    cudaGridDependencySynchronize();
+  }
 }
 
 }  // namespace etap

@@ -21,8 +21,10 @@ struct RowsMlaTraits {
   static constexpr int kRowTile = 64;  // packed rows (query x head) on WGMMA's M
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
+  static constexpr bool kMergeFitsBeside = false;
+  static constexpr int kLaunchRegisters = 168;
   static constexpr int kMathRegisters = 224;
-  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
+  static constexpr int kProducerRegisters = 3 * kLaunchRegisters - kMathWarpgroups * kMathRegisters;
 
   // P in a high and a low part of DType adds nothing to the error of the result, but takes P V
   // twice. Rounding P shows less the more tokens share the weight: longer requests have the high

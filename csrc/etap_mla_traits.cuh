@@ -47,6 +47,7 @@ constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
 constexpr uint32_t kMathBarrier = 2;
 
 constexpr int kSharedMemoryLimit = 227 * 1024;
+constexpr int kMergeSharedMemory = 6 * 1024;  // of a CTA of the merge kernel, at most
 
 // kTma: bulk tensor copies; a page must hold whole groups of 8 rows (one swizzle atom).
 // kGather: 16-byte asynchronous copies, token by token, for every other page size.
@@ -173,10 +174,17 @@ struct EtapMlaTraits {
   static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32 || kRowTile == 64,
                 "an accumulator of 256 x row_tile floats must fit a warpgroup's registers");
 
-  // Registers a thread, after the producer gave some of its share to the math warpgroups.
-  static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
-  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
-  static_assert(kThreads == 3 * 128, "a CTA of 384 threads starts with 168 registers a thread");
+  // Up to 16 rows leave room on the SM: a CTA of the merge kernel waits there, set up, for the end,
+  // and the next call's CTA sets itself up while this call is merged.
+  static constexpr bool kMergeFitsBeside = kRowTile <= 16;
+  static constexpr int kSharedMemory =
+      kMergeFitsBeside ? kSharedMemoryLimit - kMergeSharedMemory : kSharedMemoryLimit;
+
+  // Registers a thread: 128 where the merge kernel fits beside, else what is left after the producer
+  // gave some of its share to the math warpgroups.
+  static constexpr int kLaunchRegisters = kMergeFitsBeside ? 128 : 168;
+  static constexpr int kMathRegisters = kMergeFitsBeside ? 128 : 216;
+  static constexpr int kProducerRegisters = 3 * kLaunchRegisters - kMathWarpgroups * kMathRegisters;
 
   // P in a high and a low part of DType adds nothing to the error of the result. Up to 32 rows the
   // parts stand side by side on N, where an instruction is bound by reading A and the second costs
@@ -201,7 +209,7 @@ struct EtapMlaTraits {
     int const low = kLowElements > 0 ? kLowElements * int(sizeof(DType)) : 1024;
     int const statistics = kRowTile * (2 * int(sizeof(RunningMax)) + 4 * int(sizeof(float)));
     int const fixed = query + low + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork)) + 64;
-    return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
+    return (kSharedMemory - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
   }();
   static_assert(kRingBoxes >= 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
 
@@ -245,7 +253,7 @@ struct EtapMlaTraits {
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
   };
-  static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
+  static_assert(sizeof(SharedStorage) <= kSharedMemory, "shared memory of one Hopper SM");
 };
 
 }  // namespace etap
