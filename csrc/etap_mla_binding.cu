@@ -55,12 +55,6 @@ int32_t prepare_device(int32_t device) {
     ETAP_CHECK_CUDA(cudaFuncSetAttribute(etap_mla_kernel<Traits>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          sizeof(typename Traits::SharedStorage)));
-    // Both kernels on one SM at a time need the same split of its memory.
-    for (auto const kernel : {reinterpret_cast<void const*>(etap_mla_kernel<Traits>),
-                              reinterpret_cast<void const*>(etap_mla_merge_kernel<Traits>)}) {
-      ETAP_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           cudaSharedmemCarveoutMaxShared));
-    }
     num_sms_of[device].store(num_sms, std::memory_order_release);
   }
   return num_sms;
@@ -230,7 +224,7 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   auto const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
   launch_dependent(etap_mla_kernel<Traits>, num_ctas, kThreads,
                    sizeof(typename Traits::SharedStorage), stream, params, ckv_map, kpe_map);
-  launch_dependent(etap_mla_merge_kernel<Traits>, kMergeCtasPerSm<Traits> * num_ctas, kMergeThreads<Traits>, 0,
+  launch_dependent(etap_mla_merge_kernel<Traits>, kMergeCtasPerSm * num_ctas, kMergeThreads, 0,
                    stream, params, num_ctas);
 }
 

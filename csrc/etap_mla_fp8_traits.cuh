@@ -28,10 +28,8 @@ struct EtapMlaFp8Traits {
   using Boxes = CacheBoxes<uint8_t, 128>;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
-  static constexpr bool kMergeFitsBeside = false;
-  static constexpr int kLaunchRegisters = 168;
   static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
-  static constexpr int kProducerRegisters = 3 * kLaunchRegisters - kMathWarpgroups * kMathRegisters;
+  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
 
   static constexpr int kRowsPerThread = kRowTile / 4;
 
@@ -54,7 +52,7 @@ struct EtapMlaFp8Traits {
     return (kSharedMemoryLimit - fixed) / (Boxes::kElements + 16);
   }();
   static_assert(kRingBoxes >= 2 * Boxes::kPerTile, "the ring must hold the pair of tiles in work");
-  static constexpr bool kAsksForWholeTiles = kRingBoxes >= 4 * Boxes::kPerTile;
+  static constexpr bool kLoadsBoxByBox = false;
 
   // Both S^T = K Q^T (tokens x rows) and O^T = V^T P^T (columns x rows).
   using Mma = decltype(make_tiled_mma(

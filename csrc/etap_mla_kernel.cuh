@@ -262,7 +262,7 @@ class MathWarpgroup {
   }
 
   // Writes P^T of kStoreBlocks blocks of 8 rows as WGMMA's B operand: [row][token], and the low
-  // parts behind the high ones or, of 64 rows, in a place of their own. Transposed 8 x 8 stores:
+  // parts behind the high ones. Transposed 8 x 8 stores:
   // lane l addresses row l % 8 of matrix l / 8; matrices go over the warp's two groups of 8 tokens
   // first, then over the row blocks.
   __device__ void write_probability_operand(int32_t block) {
@@ -284,11 +284,7 @@ class MathWarpgroup {
       float2 const high = unpack<DType>(parts[matrix]);
       parts[matrix] = pack<DType>(score(i, matrix % 2) - high.x, score(i + 1, matrix % 2) - high.y);
     }
-    if constexpr (Traits::kPvPasses == 1) {
-      store_transposed(parts, operand + kRowTile * kTokenTile + offset);
-    } else {
-      store_transposed(parts, shared_.probability_low + offset);
-    }
+    store_transposed(parts, operand + kRowTile * kTokenTile + offset);
   }
 
   __device__ void store_transposed(uint32_t const (&matrices)[2 * kStoreBlocks], DType* operand) {
@@ -334,17 +330,17 @@ class MathWarpgroup {
   // O^T[half g of d_v] += V^T P^T. Box 2 b + g of ckv belongs to warpgroup g.
   __device__ void accumulate_output() {
     if (splits_probability()) {
-      accumulate_output_with<Traits::kPvColumns, Traits::kPvPasses>();
+      accumulate_output_with<Traits::kPvColumns>();
     } else {
-      accumulate_output_with<kRowTile, 1>();
+      accumulate_output_with<kRowTile>();
     }
   }
 
-  template <int kColumns, int kPasses>
+  template <int kColumns>
   __device__ void accumulate_output_with() {
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) warpgroup_fence_operand(output_[box]);
-    issue_boxes<kColumns, kPasses>();
+    issue_boxes<kColumns>();
     release_box<3>(ckv_slot(0));
     release_box<2>(ckv_slot(1));
     release_box<1>(ckv_slot(2));
@@ -356,16 +352,14 @@ class MathWarpgroup {
   }
 
   // One group of WGMMAs for each box.
-  template <int kColumns, int kPasses>
+  template <int kColumns>
   __device__ void issue_boxes() {
     typename Traits::template MmaPv<kColumns> mma;
     auto const thread_mma = mma.get_slice(thread_);
     Tensor v = make_tensor(make_smem_ptr(shared_.ring), typename Traits::LayoutV{});
     Tensor p = make_tensor(make_smem_ptr(shared_.ring), typename Traits::LayoutP{});
-    Tensor low = make_tensor(make_smem_ptr(shared_.probability_low), typename Traits::LayoutP{});
     Tensor v_operand = thread_mma.partition_fragment_A(v);  // (MMA, 1, 4, box)
     Tensor p_operand = thread_mma.partition_fragment_B(p);  // (MMA, 64 / columns, 4, box)
-    Tensor low_operand = thread_mma.partition_fragment_B(low);
     mma.accumulate_ = GMMA::ScaleOut::One;
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
@@ -379,7 +373,6 @@ class MathWarpgroup {
       for (int32_t step = 0; step < size<2>(v_operand); ++step) {
         Tensor a = v_operand(_, 0, step, slot.index);
         gemm(mma, a, p_operand(_, 0, step, ring_.index), output(_, 0, 0));
-        if constexpr (kPasses == 2) gemm(mma, a, low_operand(_, 0, step, 0), output(_, 0, 0));
       }
       warpgroup_commit_batch();
     }
@@ -432,9 +425,7 @@ class MathWarpgroup {
 #pragma unroll
     for (int32_t i = 0; i < 4; ++i) {
       fragment.value[i] = output_[box](row_block * 4 + i);
-      if constexpr (Traits::kPvColumns == 2 * kRowTile) {
-        fragment.value[i] += output_[box]((kRowBlocks + row_block) * 4 + i);
-      }
+      fragment.value[i] += output_[box]((kRowBlocks + row_block) * 4 + i);
     }
     return fragment;
   }
@@ -513,7 +504,7 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(65536 / Traits::kLaunchRegisters / 128 * 128, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     etap_mla_kernel(__grid_constant__ Params const params,
                     __grid_constant__ CUtensorMap const ckv_map,
                     __grid_constant__ CUtensorMap const kpe_map) {
@@ -536,9 +527,7 @@ __global__ void __launch_bounds__(65536 / Traits::kLaunchRegisters / 128 * 128, 
   if (work.begin >= work.end) return;
 
   if (threadIdx.x >= kMathThreads) {
-    if constexpr (!Traits::kMergeFitsBeside) {
-      cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    }
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     int32_t const warp = threadIdx.x / 32 % 4;
     if (warp >= 2) {
       load_queries<Traits>(params, shared, work);
@@ -548,9 +537,7 @@ __global__ void __launch_bounds__(65536 / Traits::kLaunchRegisters / 128 * 128, 
       load_cache_by_tma<Traits>(params, ckv_map, kpe_map, shared, work);
     }
   } else {
-    if constexpr (!Traits::kMergeFitsBeside) {
-      cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
-    }
+    cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
     if constexpr (Traits::kKvCache != KvCache::kSame) {
       Fp8MathWarpgroup<Traits>(params, shared).run();
     } else if constexpr (Traits::kRowTile == 64) {

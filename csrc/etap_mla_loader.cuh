@@ -46,23 +46,79 @@ __device__ __forceinline__ TokenPlace find_token(Params const& params, Request c
   return {params.kv_indices[request.page_begin + page_in_request], row};
 }
 
-// One warp. Lane g looks up the g-th group of rows of a tile, which lies within one page; lane b
-// copies box b.
+// The boxes of a tile, whose places lanes know: lane g that of the g-th group of rows, which lies
+// within one page. `copies` groups of each box are copied; none if the request is empty.
+template <class Traits>
+struct TileByTma {
+  using Boxes = typename Traits::Boxes;
+  using SharedStorage = typename Traits::SharedStorage;
+  CUtensorMap const *ckv_map, *kpe_map;
+  int32_t rows_per_copy;
+
+  __device__ static int32_t columns(int32_t box) {
+    return box == 0 ? kHeadDimKpe : Boxes::kColumns;
+  }
+
+  __device__ void announce(uint64_t* full, int32_t box, int32_t copies) const {
+    int32_t const row_bytes = columns(box) * int32_t(sizeof(typename Boxes::Element));
+    TransactionBarrier::arrive_and_expect_tx(full, copies * rows_per_copy * row_bytes);
+  }
+
+  __device__ void copy_group(SharedStorage& shared, int32_t slot, int32_t box, int32_t group,
+                             TokenPlace const& place) const {
+    SM90_TMA_LOAD_3D::copy(
+        box == 0 ? kpe_map : ckv_map, &shared.box_full[slot],
+        static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
+        &shared.ring[slot * Boxes::kElements + group * rows_per_copy * columns(box)],
+        box == 0 ? 0 : (box - 1) * Boxes::kColumns, place.row, place.page);
+  }
+
+  // Lane b copies box b, once there is room for all boxes: a token's boxes share a DRAM page.
+  __device__ void copy_at_once(SharedStorage& shared, RingPosition<Traits::kRingBoxes> const& ring,
+                               TokenPlace const& place, int32_t copies) const {
+    int32_t const box = threadIdx.x % 32;
+    auto const slot = ring.after(box % Boxes::kPerTile);
+    for (int32_t group = 0; group < max(copies, 1); ++group) {
+      TokenPlace const group_place = {__shfl_sync(0xffffffff, place.page, group),
+                                      __shfl_sync(0xffffffff, place.row, group)};
+      if (box >= Boxes::kPerTile) continue;
+      if (group == 0) {
+        Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
+        __syncwarp((1 << Boxes::kPerTile) - 1);
+        announce(&shared.box_full[slot.index], box, copies);
+        if (copies == 0) break;
+      }
+      copy_group(shared, slot.index, box, group, group_place);
+    }
+  }
+
+  // Each box as soon as there is room for it; lane g copies group g. For a ring of two tiles, which
+  // would run dry otherwise.
+  __device__ void copy_box_by_box(SharedStorage& shared,
+                                  RingPosition<Traits::kRingBoxes> const& ring,
+                                  TokenPlace const& place, int32_t copies) const {
+    int32_t const group = threadIdx.x % 32;
+#pragma unroll 1
+    for (int32_t i = 0; i < Boxes::kPerTile; ++i) {
+      int32_t const box = Traits::box_in_order(ring.index / Boxes::kPerTile, i);
+      auto const slot = ring.after(box);
+      Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
+      if (group == 0) announce(&shared.box_full[slot.index], box, copies);
+      __syncwarp();
+      if (group < copies) copy_group(shared, slot.index, box, group, place);
+    }
+  }
+};
+
+// One warp.
 template <class Traits>
 __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_map,
                                   CUtensorMap const& kpe_map,
                                   typename Traits::SharedStorage& shared, CtaWork const& work) {
-  using Boxes = typename Traits::Boxes;
   int32_t const lane = threadIdx.x % 32;
   int32_t const rows_per_copy = params.rows_per_copy;
   int32_t const groups = kTokenTile / rows_per_copy;
-  CUtensorMap const* const map = lane == 0 ? &kpe_map : &ckv_map;
-  int32_t const column = lane == 0 ? 0 : (lane - 1) * Boxes::kColumns;
-  int32_t const columns = lane == 0 ? kHeadDimKpe : Boxes::kColumns;
-  int32_t const group_bytes = rows_per_copy * columns * int32_t(sizeof(typename Boxes::Element));
-
-  [[maybe_unused]] int32_t const box_bytes =
-      rows_per_copy * Boxes::kColumns * int32_t(sizeof(typename Boxes::Element));
+  TileByTma<Traits> const tile_copies = {&ckv_map, &kpe_map, rows_per_copy};
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
@@ -80,45 +136,12 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
       // Groups past the end of the request are not copied: their pages may not exist.
       int32_t const tokens = min(segment.request.kv_len - tile * kTokenTile, kTokenTile);
       int32_t const copies = tokens <= 0 ? 0 : (tokens - 1) / rows_per_copy + 1;
-
-      if constexpr (Traits::kRingBoxes == 18) {
-        // Box by box, each as soon as there is room for it; lane g copies group g.
-        int32_t const row = lane * rows_per_copy;
-        for (int32_t i = 0; i < Boxes::kPerTile; ++i) {
-          int32_t const box = Traits::box_in_order(ring.index != 0, i);
-          auto const slot = ring.after(box);
-          uint64_t* const full = &shared.box_full[slot.index];
-          Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
-          if (lane == 0) TransactionBarrier::arrive_and_expect_tx(full, copies * box_bytes);
-          __syncwarp();
-          if (lane >= copies) continue;
-          SM90_TMA_LOAD_3D::copy(box == 0 ? &kpe_map : &ckv_map, full,
-                                 static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-                                 &shared.ring[slot.index * Boxes::kElements + row * kBoxColumns],
-                                 box == 0 ? 0 : (box - 1) * Boxes::kColumns, place.row, place.page);
-        }
-        ring = ring.after(Boxes::kPerTile);
-        continue;
+      if constexpr (Traits::kLoadsBoxByBox) {
+        tile_copies.copy_box_by_box(shared, ring, place, copies);
+      } else {
+        tile_copies.copy_at_once(shared, ring, place, copies);
       }
-
-      auto const slot = ring.after(lane % Boxes::kPerTile);
-      uint64_t* const full = &shared.box_full[slot.index];
-      for (int32_t group = 0; group < max(copies, 1); ++group) {
-        int32_t const page = __shfl_sync(0xffffffff, place.page, group);
-        int32_t const row = __shfl_sync(0xffffffff, place.row, group);
-        int32_t const first_row = group * rows_per_copy;
-        if (lane >= Boxes::kPerTile) continue;
-        if (group == 0) {
-          Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
-          if constexpr (Traits::kAsksForWholeTiles) __syncwarp((1 << Boxes::kPerTile) - 1);
-          TransactionBarrier::arrive_and_expect_tx(full, copies * group_bytes);
-          if (copies == 0) break;
-        }
-        SM90_TMA_LOAD_3D::copy(map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-                               &shared.ring[slot.index * Boxes::kElements + first_row * columns],
-                               column, row, page);
-      }
-      ring = ring.after(Boxes::kPerTile);
+      ring = ring.after(Traits::Boxes::kPerTile);
     }
   }
 }

@@ -16,15 +16,10 @@
 
 namespace etap {
 
+constexpr int kMergeWarps = 8;
+constexpr int kMergeThreads = kMergeWarps * 32;
+constexpr int kMergeCtasPerSm = 2;
 constexpr int kMaxCtas = 160;  // of the attention kernel: one an SM, of which Hopper has 144
-
-// On each SM: one small CTA beside one of the attention kernel, or two after it.
-template <class Traits>
-constexpr int kLogMergeWarps = Traits::kMergeFitsBeside ? 2 : 3;
-template <class Traits>
-constexpr int kMergeThreads = 32 << kLogMergeWarps<Traits>;
-template <class Traits>
-constexpr int kMergeCtasPerSm = Traits::kMergeFitsBeside ? 1 : 2;
 
 // Some parts of 8 rows joined. A lane has two rows, 2 * (lane % 4) and the next.
 struct JoinedParts {
@@ -52,7 +47,6 @@ struct JoinedParts {
 template <class Traits>
 class Merge {
   using DType = typename Traits::DType;
-  static constexpr int kLogWarps = kLogMergeWarps<Traits>, kWarps = 1 << kLogWarps;
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kUnitsPerBlock = kCkvBoxes * 4;  // of 8 rows: boxes x warps of a warpgroup
@@ -62,7 +56,7 @@ class Merge {
 
  public:
   struct SharedStorage {
-    JoinedParts shares[kWarps][32];
+    JoinedParts shares[kMergeWarps][32];
   };
 
   __device__ Merge(Params const& params, SharedStorage& shared)
@@ -74,7 +68,7 @@ class Merge {
     int32_t const num_units = load_descriptors(is_rehearsal ? 0 : num_ctas) * kUnitsPerRowTile;
     // Units that a CTA joins at once: the fewest that leave none to a second round.
     int32_t log_units = 0;
-    while (log_units < kLogWarps && num_units > int32_t(gridDim.x) << log_units) ++log_units;
+    while (log_units < 3 && num_units > int32_t(gridDim.x) << log_units) ++log_units;
     int32_t first = blockIdx.x << log_units;
     int32_t const end = is_rehearsal ? first + 1 : num_units;
     for (; first < end; first += gridDim.x << log_units) {
@@ -128,7 +122,7 @@ class Merge {
   // Units are numbered row tile, block of 8 rows, box of d_v, warp. Warp w of the CTA works on the
   // parts w >> log_units, + num_shares, ... of its unit.
   __device__ void join(int32_t unit, int32_t log_units) {
-    int32_t const num_shares = kWarps >> log_units, share = warp_ >> log_units;
+    int32_t const num_shares = kMergeWarps >> log_units, share = warp_ >> log_units;
     int32_t const row_block = unit / kUnitsPerBlock % kRowBlocks;
     int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
     auto const [descriptor, first_cta] = find_split_row_tile(unit / kUnitsPerRowTile);
@@ -192,7 +186,7 @@ class Merge {
     shared_.shares[warp_][lane_] = joined;
     __syncthreads();
     if (share > 0) return;
-    for (int32_t warp = warp_ + (1 << log_units); warp < kWarps; warp += 1 << log_units) {
+    for (int32_t warp = warp_ + (1 << log_units); warp < kMergeWarps; warp += 1 << log_units) {
       joined.add(shared_.shares[warp][lane_]);
     }
   }
@@ -222,13 +216,11 @@ class Merge {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(kMergeThreads<Traits>, 512 / kMergeThreads<Traits>)
+__global__ void __launch_bounds__(kMergeThreads, kMergeCtasPerSm)
     etap_mla_merge_kernel(__grid_constant__ Params const params, int32_t num_ctas) {
-  static_assert(!Traits::kMergeFitsBeside ||
-                sizeof(typename Merge<Traits>::SharedStorage) + 1024 <= kMergeSharedMemory);
   __shared__ typename Merge<Traits>::SharedStorage shared;
   Merge<Traits> merge(params, shared);
-#pragma unroll 1
+#pragma unroll 1  // so that the rehearsal runs the same instructions
   for (bool is_rehearsal = true;; is_rehearsal = false) {
     merge.run(num_ctas, is_rehearsal);
     if (!is_rehearsal) break;

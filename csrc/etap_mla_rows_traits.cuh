@@ -21,10 +21,8 @@ struct RowsMlaTraits {
   static constexpr int kRowTile = 64;  // packed rows (query x head) on WGMMA's M
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
-  static constexpr bool kMergeFitsBeside = false;
-  static constexpr int kLaunchRegisters = 168;
   static constexpr int kMathRegisters = 224;
-  static constexpr int kProducerRegisters = 3 * kLaunchRegisters - kMathWarpgroups * kMathRegisters;
+  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
 
   // P in a high and a low part of DType adds nothing to the error of the result, but takes P V
   // twice. Rounding P shows less the more tokens share the weight: longer requests have the high
@@ -36,12 +34,12 @@ struct RowsMlaTraits {
   // S is there, the box of kpe may take the low part of P [rows x tokens].
   static constexpr int kStages = kMathWarpgroups;
   static constexpr int kRingBoxes = kStages * kBoxesPerTile;
-  static constexpr bool kAsksForWholeTiles = false;  // the ring would run dry
+  static constexpr bool kLoadsBoxByBox = true;
 
-#ifndef HEAD
-#define HEAD 3
-#endif
-  static constexpr int kBoxesAhead = HEAD;
+  // Boxes of S = Q K^T that come before P V of the tile before. None, and the tensor cores idle
+  // until that P is there; all, and the boxes of that tile are given back too late.
+  static constexpr int kBoxesAhead = 3;
+
   // In which order the boxes of a stage become free, are asked for and used: kpe, the half of ckv
   // whose owner makes S, the other half.
   __device__ static int32_t box_in_order(int32_t stage, int32_t i) {

@@ -47,7 +47,6 @@ constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
 constexpr uint32_t kMathBarrier = 2;
 
 constexpr int kSharedMemoryLimit = 227 * 1024;
-constexpr int kMergeSharedMemory = 6 * 1024;  // of a CTA of the merge kernel, at most
 
 // kTma: bulk tensor copies; a page must hold whole groups of 8 rows (one swizzle atom).
 // kGather: 16-byte asynchronous copies, token by token, for every other page size.
@@ -171,52 +170,39 @@ struct EtapMlaTraits {
   static constexpr KvLoader kKvLoader = kKvLoader_;
   static constexpr KvCache kKvCache = KvCache::kSame;
   static constexpr int kRowTile = kRowTile_;  // packed rows (query x head) on WGMMA's N
-  static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32 || kRowTile == 64,
-                "an accumulator of 256 x row_tile floats must fit a warpgroup's registers");
+  static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32,
+                "256 x 2 row_tile floats of accumulators must fit a warpgroup's registers");
 
-  // Up to 16 rows leave room on the SM: a CTA of the merge kernel waits there, set up, for the end,
-  // and the next call's CTA sets itself up while this call is merged.
-  static constexpr bool kMergeFitsBeside = kRowTile <= 16;
-  static constexpr int kSharedMemory =
-      kMergeFitsBeside ? kSharedMemoryLimit - kMergeSharedMemory : kSharedMemoryLimit;
+  // Registers a thread, after the producer gave some of its share to the math warpgroups.
+  static constexpr int kMathRegisters = 216;
+  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
+  static_assert(kThreads == 3 * 128, "a CTA of 384 threads starts with 168 registers a thread");
 
-  // Registers a thread: 128 where the merge kernel fits beside, else what is left after the producer
-  // gave some of its share to the math warpgroups.
-  static constexpr int kLaunchRegisters = kMergeFitsBeside ? 128 : 168;
-  static constexpr int kMathRegisters = kMergeFitsBeside ? 128 : 216;
-  static constexpr int kProducerRegisters = 3 * kLaunchRegisters - kMathWarpgroups * kMathRegisters;
-
-  // P in a high and a low part of DType adds nothing to the error of the result. Up to 32 rows the
-  // parts stand side by side on N, where an instruction is bound by reading A and the second costs
-  // little; 64 rows leave no registers for 128 columns and take a second pass.
-  static constexpr int kPvColumns = kRowTile <= 32 ? 2 * kRowTile : kRowTile;
-  static constexpr int kPvPasses = 2 * kRowTile / kPvColumns;
+  // P in a high and a low part of DType adds nothing to the error of the result. The parts stand
+  // side by side on N, where an instruction is bound by reading A and the second costs little.
+  static constexpr int kPvColumns = 2 * kRowTile;
 
   // Longer requests have the high part alone. Rounding P shows less the more tokens share the
   // weight, while the power that the second part takes bounds the clock in long runs (5 % at 16 x
   // 64K). Depends on the request alone, not on its batch.
-  static constexpr int kLongestSplitPRequest = kRowTile <= 32 ? 8192 : 1024;
+  static constexpr int kLongestSplitPRequest = 8192;
 
   // Rows that one thread sees of an accumulator: 2 neighbours in every 8 columns.
   static constexpr int kRowsPerThread = kRowTile / 4;
 
   // Shared-memory operands, all 128-byte swizzled. One box is seen in three ways: as K [tokens x
   // columns], transposed as V^T [columns x tokens], and, once S^T is there, the box of kpe takes P
-  // [rows, high parts then low parts, x tokens]; the low parts of 64 rows have their own place.
-  static constexpr int kLowElements = kPvPasses == 2 ? kRowTile * kTokenTile : 0;
+  // [rows, high parts then low parts, x tokens].
   static constexpr int kRingBoxes = [] {
     int const query = kRowTile * (kHeadDimCkv + kHeadDimKpe) * int(sizeof(DType));
-    int const low = kLowElements > 0 ? kLowElements * int(sizeof(DType)) : 1024;
+    int const sums = kMathWarpgroups * kRowTile * 4 * int(sizeof(float));
     int const statistics = kRowTile * (2 * int(sizeof(RunningMax)) + 4 * int(sizeof(float)));
-    int const fixed = query + low + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork)) + 64;
-    return (kSharedMemory - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
+    int const fixed = query + sums + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork)) + 64;
+    return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
   }();
-  static_assert(kRingBoxes >= 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
+  static_assert(kRingBoxes > 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
 
-  // The nine boxes of a tile share the DRAM pages of their tokens, so the loader asks for them all
-  // at once, when there is room for all (1 % at long contexts). A ring of just two tiles would run
-  // dry that way.
-  static constexpr bool kAsksForWholeTiles = kRingBoxes > 2 * kBoxesPerTile;
+  static constexpr bool kLoadsBoxByBox = false;
 
   using KAtom = GMMA::Layout_K_SW128_Atom<DType>;
   using LayoutK =
@@ -239,11 +225,8 @@ struct EtapMlaTraits {
   struct SharedStorage {
     alignas(1024) DType ring[kRingBoxes * kBoxElements];
     alignas(1024) DType query[cosize_v<LayoutQ>];
-    union {
-      alignas(1024) DType probability_low[kLowElements > 0 ? kLowElements : 1];
-      float row_sum[kMathWarpgroups][kRowTile][4];  // of each warp, at the end of a segment
-    };
-    RunningMax running_max[2][kRowTile];  // [tile number % 2]
+    alignas(16) float row_sum[kMathWarpgroups][kRowTile][4];  // of each warp, at a segment's end
+    RunningMax running_max[2][kRowTile];                      // [tile number % 2]
     union {
       alignas(16) float tile_max[kRowTile][4];  // of each warp of the tile's owner
       ScheduleScratch schedule;                 // before the first tile
@@ -253,7 +236,7 @@ struct EtapMlaTraits {
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
   };
-  static_assert(sizeof(SharedStorage) <= kSharedMemory, "shared memory of one Hopper SM");
+  static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };
 
 }  // namespace etap
