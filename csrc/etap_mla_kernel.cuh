@@ -26,6 +26,7 @@
 #include "etap_mla_fp8_math.cuh"
 #include "etap_mla_loader.cuh"
 #include "etap_mla_output.cuh"
+#include "etap_mla_wgmma.cuh"
 
 namespace etap {
 
@@ -50,7 +51,7 @@ class MathWarpgroup {
   __device__ MathWarpgroup(Params const& params, SharedStorage& shared)
       : params_(params), shared_(shared) {}
 
-  __device__ void run() {
+  __device__ ETAP_INLINE_MATH void run() {
     while (begin_segment()) {
 #pragma unroll 1
       for (tile_ = segment().tile_begin; tile_ < tile_end_; ++tile_) {
@@ -125,7 +126,7 @@ class MathWarpgroup {
       warpgroup_arrive();
 #pragma unroll
       for (int32_t step = 0; step < size<2>(k_operand); ++step) {
-        gemm(mma, k_operand(_, _, step, slot.index), q_operand(_, _, step, box), scores_);
+        multiply_(mma, k_operand(_, _, step, slot.index), q_operand(_, _, step, box), scores_);
         mma.accumulate_ = GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
@@ -377,8 +378,8 @@ class MathWarpgroup {
 #pragma unroll
       for (int32_t step = 0; step < size<2>(v_operand); ++step) {
         Tensor a = v_operand(_, 0, step, slot.index);
-        gemm(mma, a, p_operand(_, 0, step, ring_.index), output(_, 0, 0));
-        if constexpr (kPasses == 2) gemm(mma, a, low_operand(_, 0, step, 0), output(_, 0, 0));
+        multiply_(mma, a, p_operand(_, 0, step, ring_.index), output(_, 0, 0));
+        if constexpr (kPasses == 2) multiply_(mma, a, low_operand(_, 0, step, 0), output(_, 0, 0));
       }
       warpgroup_commit_batch();
     }
@@ -481,6 +482,7 @@ class MathWarpgroup {
   int32_t tile_, tile_end_;      // of the segment
   bool is_first_tile_;           // of the segment
 
+  Multiply multiply_;
   decltype(partition_fragment_C(typename Traits::MmaQk{},
                                 Shape<Int<kTokenTile>, Int<kRowTile>>{})) scores_;
   decltype(partition_fragment_C(
