@@ -2,9 +2,10 @@
 
 Fails on register spills, on WGMMAs that ptxas serialised, on local memory in the SASS, and on WGMMA
 shapes other than the row tile's own: 64 x row_tile for S^T = K Q^T and 64 x min(2 row_tile, 64)
-for O^T = V^T P^T, where P's high and low parts lie side by side. The SASS is read with nvdisasm
-(of the CUDA toolkit, or ``pip install nvidia-cuda-nvdisasm``); without it that part is left out,
-and the output says so.
+for O^T = V^T P^T, where P's high and low parts lie side by side. With an fp8 cache the operands may
+be e4m3, whose K is 32, and either product may have its parts side by side. The SASS is read with
+nvdisasm (of the CUDA toolkit, or ``pip install nvidia-cuda-nvdisasm``); without it that part is
+left out, and the output says so.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _KERNEL_NAME = re.compile(r"etap_mla_(?:[a-z]+_)?kernel")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 _SERIALIZED = re.compile(r"C75\d\d|wgmma\.mma_async instructions are serialized", re.IGNORECASE)
-_WGMMA = re.compile(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\S*")
+_WGMMA = re.compile(r"\b[HQ]GMMA\.(\d+)x(\d+)x(\d+)\S*")  # Q: of 8-bit types
 _LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b\S*")
 
 
@@ -55,9 +56,25 @@ class VariantReport:
     problems: list[str] = field(default_factory=list)
 
 
-def expected_wgmma_shapes(row_tile: int) -> set[tuple[int, int, int]]:
-    """WGMMA shapes (M, N, K) of a row tile: K Q^T, and V^T times P's high and low parts."""
-    return {(64, row_tile, 16), (64, min(2 * row_tile, 64), 16)}
+def expected_wgmma_shapes(variant: EtapMlaVariant) -> set[tuple[int, int, int]]:
+    """WGMMA shapes (M, N, K): K Q^T, and V^T times P's high and low parts.
+
+    All of them must occur; with an fp8 cache one of them must, and no other.
+    """
+    row_tile = variant.row_tile
+    if variant.kv_cache == "same":
+        return {(64, row_tile, 16), (64, min(2 * row_tile, 64), 16)}
+    return {(64, parts * row_tile, k) for parts in (1, 2) for k in (16, 32)}
+
+
+def has_expected_wgmma_shapes(
+    variant: EtapMlaVariant, found: set[tuple[int, int, int]] | None
+) -> bool:
+    """Whether the shapes found in a variant's SASS are the ones it should have."""
+    expected = expected_wgmma_shapes(variant)
+    if variant.kv_cache == "same":
+        return found == expected
+    return bool(found) and found <= expected
 
 
 def parse_ptxas(output: str) -> list[KernelUsage]:
@@ -103,15 +120,23 @@ def sass_problems(sass: str, variant: EtapMlaVariant) -> list[str]:
         problems.append(
             f"local memory: {len(local)} instructions ({', '.join(sorted(set(local)))})"
         )
-    found, expected = sass_wgmma_shapes(sass), expected_wgmma_shapes(variant.row_tile)
-    if found != expected:
+    found = sass_wgmma_shapes(sass)
+    if not has_expected_wgmma_shapes(variant, found):
+        expected = expected_wgmma_shapes(variant)
         problems.append(f"WGMMA shapes {_shapes(found)}, expected {_shapes(expected)}")
-    is_bf16 = variant.short_name.startswith("bf16")
-    wrong = {m[0] for m in _WGMMA.finditer(sass) if ("BF16" in m[0]) != is_bf16}
-    wrong |= {m[0] for m in _WGMMA.finditer(sass) if ".F32" not in m[0]}
-    if wrong:
+    instructions = {m[0] for m in _WGMMA.finditer(sass)}
+    if wrong := {each for each in instructions if not _has_expected_types(each, variant)}:
         problems.append(f"WGMMA of other types than {variant.dtype}: {', '.join(sorted(wrong))}")
     return problems
+
+
+def _has_expected_types(instruction: str, variant: EtapMlaVariant) -> bool:
+    """Whether a WGMMA accumulates in fp32 and its operands are the variant's."""
+    if ".F32" not in instruction:
+        return False
+    if instruction.startswith("QGMMA"):
+        return variant.kv_cache != "same" and instruction.count("E4M3") == 2
+    return ("BF16" in instruction) == variant.short_name.startswith("bf16")
 
 
 def _shapes(shapes: set[tuple[int, int, int]]) -> str:
