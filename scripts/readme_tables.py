@@ -5,7 +5,7 @@
     python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
-batch-context, shapes, validation.
+batch-context, shapes, fp8, validation.
 Evidence is stale when it was measured with other kernel sources than those under csrc/.
 """
 
@@ -74,14 +74,27 @@ def batch_context_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str
 
 def shapes_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str:
     """Every other shape: heads, query lengths, page sizes, fp16, varied lengths."""
-    cases = [case for case in decode["cases"] if not report.is_plain(case)]
+    cases = decode["cases"]
+    cases = [case for case in cases if not report.is_plain(case) and not report.is_fp8(case)]
+    return _shapes(cases, decode)
+
+
+def fp8_table(decode: dict[str, Any], _: dict[str, Any] | None) -> str:
+    """Every shape with an fp8 cache."""
+    cases = [case for case in decode["cases"] if report.is_fp8(case)]
+    if not cases:
+        raise ValueError("table fp8 needs decode.json with cases of kv_dtype fp8_e4m3")
+    return _shapes(cases, decode)
+
+
+def _shapes(cases: Sequence[Case], decode: dict[str, Any]) -> str:
     peers, ceiling = _peers(cases), decode["read_ceiling_gbps"]
     rows = []
     for case in cases:
         lengths = f"{case['lengths']} " if "lengths" in case else ""
         shape = f"{case['batch']} x {lengths}{report.tokens(case['context'])}"
-        fields = [str(case[key]) for key in ("heads", "q_len", "page_size", "dtype")]
-        rows.append([shape, *fields, *_times(case, peers, ceiling)])
+        fields = [str(case[key]) for key in ("heads", "q_len", "page_size")]
+        rows.append([shape, *fields, report.types(case), *_times(case, peers, ceiling)])
     head = ["batch x context", "heads", "queries", "page", "dtype", *_time_head(peers)]
     return markdown(head, rows) + provenance(decode)
 
@@ -103,6 +116,7 @@ def validation_table(_: dict[str, Any] | None, validation: dict[str, Any]) -> st
 TABLES = {
     "batch-context": ("decode", batch_context_table),
     "shapes": ("decode", shapes_table),
+    "fp8": ("decode", fp8_table),
     "validation": ("validation", validation_table),
 }
 
