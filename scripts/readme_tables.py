@@ -101,15 +101,14 @@ def _shapes(cases: Sequence[Case], decode: dict[str, Any]) -> str:
 
 def validation_table(_: dict[str, Any] | None, validation: dict[str, Any]) -> str:
     """Numbers of tests, sanitizer outcomes and the worst accuracy."""
-    ratios = [c["rmse"] / c["rmse_rounding"] for c in validation["cases"] if c["rmse_rounding"]]
     counts = validation["tests"]
     rows = [
         ["GPU tests", f"{counts['passed']} passed, {counts['failed']} failed"],
         *([f"compute-sanitizer {tool}", text] for tool, text in validation["sanitizer"].items()),
     ]
-    if ratios:
-        text = f"at most {max(ratios):.3f} over {len(ratios)} cases"
-        rows.append(["RMSE against float64 over that of rounding alone", text])
+    for kind, (worst, count) in report.worst_ratios(validation["cases"]).items():
+        name = f"RMSE against float64 over that of rounding alone, {kind} cache"
+        rows.append([name, f"at most {worst:.3f} over {count} cases"])
     return markdown(["check", "outcome"], rows) + provenance(validation)
 
 

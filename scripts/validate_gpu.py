@@ -24,7 +24,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
-from decode_bench import evidence
+from decode_bench import evidence, report
 
 # Both types run the same code but for conversions, and racecheck is slow: it sees bf16 only.
 SANITIZER_TOOLS = {"memcheck": (), "racecheck": ("--dtype", "bf16")}
@@ -170,10 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
         for tool in SANITIZER_TOOLS:
             result["sanitizer"][tool] = run_sanitizer(tool, child, options.sanitizer_timeout)
             evidence.write(path, result)
-    ratios = [case["rmse"] / case["rmse_rounding"] for case in cases if case["rmse_rounding"]]
     print(f"tests: {counts}")
-    if ratios:
-        print(f"rmse over rounding alone: at most {max(ratios):.3f} over {len(ratios)} cases")
+    for kind, (worst, count) in report.worst_ratios(cases).items():
+        print(f"rmse over rounding alone, {kind} cache: at most {worst:.3f} over {count} cases")
     for tool, outcome in result["sanitizer"].items():
         print(f"{'' if outcome == 'clean' else '!!! '}{tool}: {outcome}")
     print(f"written: {path}")

@@ -194,6 +194,20 @@ def test_fp8_cells_leave_the_other_bars_alone():
 # Tables and evidence
 
 
+def test_accuracy_is_reported_by_type_of_cache():
+    cases = [make_case(), make_case(rmse=1.3e-4), fp8_case(rmse=1.55e-4), fp8_case(rmse_rounding=0)]
+    worst = report.worst_ratios(cases)
+    assert worst == {"bf16": (1.3 / 1.24, 2), "fp8_e4m3": (1.55 / 1.24, 1)}
+    found = make_evidence(
+        *cases,
+        tests={"passed": 1, "failed": 0, "skipped": 0, "seconds": 1.0},
+        sanitizer={},
+    )
+    text = readme_tables.validation_table(None, found)
+    assert "alone, bf16 cache | at most 1.048 over 2 cases" in text
+    assert "alone, fp8_e4m3 cache | at most 1.250 over 1 cases" in text
+
+
 def test_tables_keep_fp8_apart():
     cases = [make_case(), make_case(heads=8), fp8_case(), fp8_case(kv_cache="fp8_flashmla")]
     found = make_evidence(*cases)

@@ -93,6 +93,16 @@ def _ratio(value: float | None, by: float | None) -> float | None:
     return None if value is None or not by else value / by
 
 
+def worst_ratios(cases: Sequence[Case]) -> dict[str, tuple[float, int]]:
+    """Largest RMSE over that of rounding alone, and over how many cases, by type of the cache."""
+    ratios: dict[str, list[float]] = {}
+    for case in cases:
+        if case["rmse_rounding"]:
+            ratio = case["rmse"] / case["rmse_rounding"]
+            ratios.setdefault(case["kv_dtype"], []).append(ratio)
+    return {name: (max(own), len(own)) for name, own in sorted(ratios.items())}
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
