@@ -5,7 +5,7 @@
     python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
-batch-context, shapes, validation, sglang, reliability. The last two say so while nothing was
+batch-context, shapes, fp8, validation, sglang, reliability. The last two say so while nothing was
 measured.
 Evidence is stale when it was measured with other kernel sources than those under csrc/.
 """
@@ -86,13 +86,26 @@ def shapes_table(found: Found) -> str:
     """Every other shape: heads, query lengths, page sizes, fp16, varied lengths."""
     decode = found["decode"]
     cases = [case for case in decode["cases"] if not report.is_plain(case)]
+    return _shapes([case for case in cases if not report.is_fp8(case)], decode)
+
+
+def fp8_table(found: Found) -> str:
+    """Every shape with an fp8 cache."""
+    decode = found["decode"]
+    cases = [case for case in decode["cases"] if report.is_fp8(case)]
+    if not cases:
+        raise ValueError("table fp8 needs decode.json with cases of kv_dtype fp8_e4m3")
+    return _shapes(cases, decode)
+
+
+def _shapes(cases: Sequence[Case], decode: dict[str, Any]) -> str:
     peers, ceiling = _peers(cases), decode["read_ceiling_gbps"]
     rows = []
     for case in cases:
         lengths = f"{case['lengths']} " if "lengths" in case else ""
         shape = f"{case['batch']} x {lengths}{report.tokens(case['context'])}"
-        fields = [str(case[key]) for key in ("heads", "q_len", "page_size", "dtype")]
-        rows.append([shape, *fields, *_times(case, peers, ceiling)])
+        fields = [str(case[key]) for key in ("heads", "q_len", "page_size")]
+        rows.append([shape, *fields, report.types(case), *_times(case, peers, ceiling)])
     head = ["batch x context", "heads", "queries", "page", "dtype", *_time_head(peers)]
     return markdown(head, rows) + provenance(decode)
 
@@ -100,15 +113,14 @@ def shapes_table(found: Found) -> str:
 def validation_table(found: Found) -> str:
     """Numbers of tests, sanitizer outcomes and the worst accuracy."""
     validation = found["validation"]
-    ratios = [c["rmse"] / c["rmse_rounding"] for c in validation["cases"] if c["rmse_rounding"]]
     counts = validation["tests"]
     rows = [
         ["GPU tests", f"{counts['passed']} passed, {counts['failed']} failed"],
         *([f"compute-sanitizer {tool}", text] for tool, text in validation["sanitizer"].items()),
     ]
-    if ratios:
-        text = f"at most {max(ratios):.3f} over {len(ratios)} cases"
-        rows.append(["RMSE against float64 over that of rounding alone", text])
+    for kind, (worst, count) in report.worst_ratios(validation["cases"]).items():
+        name = f"RMSE against float64 over that of rounding alone, {kind} cache"
+        rows.append([name, f"at most {worst:.3f} over {count} cases"])
     return markdown(["check", "outcome"], rows) + provenance(validation)
 
 
@@ -164,6 +176,7 @@ def _step(figures: dict[str, Any] | None) -> str:
 TABLES = {
     "batch-context": ("decode", batch_context_table),
     "shapes": ("decode", shapes_table),
+    "fp8": ("decode", fp8_table),
     "validation": ("validation", validation_table),
     "sglang": (None, sglang_table),
     "reliability": (None, reliability_table),
