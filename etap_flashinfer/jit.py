@@ -92,6 +92,11 @@ class EtapMlaVariant:
         """Name of the module: ``etap_mla_<short name>_<12 hex digits of csrc_sha256>``."""
         return f"etap_mla_{self.short_name}_{csrc_sha256()[:12]}"
 
+    @property
+    def nvcc_flags(self) -> tuple[str, ...]:
+        """Flags beyond those of every variant; a class that adds some needs names of its own."""
+        return ()
+
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
@@ -254,7 +259,7 @@ def gen_etap_mla_module(variant: EtapMlaVariant) -> Any:
         return jit.gen_jit_spec(
             variant.name,
             [directory / "etap_mla_binding.cu"],
-            extra_cuda_cflags=list(jit.sm90a_nvcc_flags),
+            extra_cuda_cflags=[*jit.sm90a_nvcc_flags, *variant.nvcc_flags],
             extra_ldflags=[f"-L{directory / 'libcuda'}"],
             extra_include_paths=[directory],
         )

@@ -5,8 +5,8 @@
     python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
-batch-context, shapes, fp8, validation, sglang, reliability. The last two say so while nothing was
-measured.
+batch-context, shapes, fp8, validation, sglang, reliability, l2-tiles, h20-emulation. The last four
+say so while nothing was measured.
 Evidence is stale when it was measured with other kernel sources than those under csrc/.
 """
 
@@ -20,7 +20,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from decode_bench import evidence, report
+import roofline
+from decode_bench import emulation_report, evidence, report
 from decode_bench.report import Case
 from sglang_eval import evidence as sglang_evidence
 
@@ -110,6 +111,36 @@ def _shapes(cases: Sequence[Case], decode: dict[str, Any]) -> str:
     return markdown(head, rows) + provenance(decode)
 
 
+def l2_tiles_table(found: Found) -> str:
+    """Cycles of a 64-token tile with the data in L2."""
+    measured = found.get("l2_tiles")
+    if measured is None:
+        return "Not measured yet.\n"
+    rows = roofline.l2_rows(roofline.PRESETS["h200"], measured)
+    return markdown(roofline.L2_HEAD, rows) + provenance(measured)
+
+
+def h20_emulation_table(found: Found) -> str:
+    """The H20 emulation at 16 heads, and what it says of the paper."""
+    emulated = found.get("h20_emulation")
+    if emulated is None:
+        return "Not measured yet.\n"
+    cases = [case for case in emulated["cases"] if case["heads"] == 16]
+    cases.sort(key=lambda case: (case["batch"], case["context"]))
+    costs = ", ".join(
+        f"{row['emulated']:.0f} ({row['h20']:.0f}) at N = {row['columns']}"
+        for row in emulated["wgmma_cycles"]
+    )
+    lines = [
+        f"**{emulation_report.EMULATION}**\n\n",
+        markdown(emulation_report.HEAD, [emulation_report.table_row(case) for case in cases]),
+        "\n",
+        *(f"{line}\n" for line in emulation_report.verdicts(emulated["cases"])),
+        f"Cycles of a WGMMA, emulated (H20): {costs}.\n",
+    ]
+    return "".join(lines) + provenance(emulated)
+
+
 def validation_table(found: Found) -> str:
     """Numbers of tests, sanitizer outcomes and the worst accuracy."""
     validation = found["validation"]
@@ -173,6 +204,10 @@ def _step(figures: dict[str, Any] | None) -> str:
     return f"{figures['step_ms']:.2f} ({share:.0f} %)"
 
 
+EVIDENCE = (
+    *("decode", "validation", "sglang", "fuzz", "plan_check"),
+    *("l2_tiles", "h20_emulation"),
+)
 TABLES = {
     "batch-context": ("decode", batch_context_table),
     "shapes": ("decode", shapes_table),
@@ -180,6 +215,8 @@ TABLES = {
     "validation": ("validation", validation_table),
     "sglang": (None, sglang_table),
     "reliability": (None, reliability_table),
+    "l2-tiles": (None, l2_tiles_table),
+    "h20-emulation": (None, h20_emulation_table),
 }
 
 
@@ -188,7 +225,7 @@ def load_evidence(directory: pathlib.Path) -> Found:
     return {
         path.stem: json.loads(path.read_text())
         for path in sorted(directory.glob("*.json"))
-        if path.stem in ("decode", "validation", "sglang", "fuzz", "plan_check")
+        if path.stem in EVIDENCE
     }
 
 
