@@ -10,9 +10,9 @@ import pytest
 import readme_tables
 import roofline
 import torch
-from decode_bench import emulation, emulation_report, evidence, grid, tool_modules
+from decode_bench import emulation, emulation_report, evidence, grid, inputs, tool_modules
 
-from etap_flashinfer import aot, jit
+from etap_flashinfer import aot, jit, reference
 
 K = 1024
 CSRC = evidence.REPOSITORY / "csrc"
@@ -114,6 +114,46 @@ def test_verdicts_by_hand():
 def test_the_projection_bounds_what_the_emulation_may_find():
     ratio = [one.us for one in roofline.projected(roofline.PRESETS["h20"])]
     assert 2.775 < emulation_report.PAPER_RATIO < 2.785 < ratio[1] / ratio[0]
+
+
+class ReferenceModule:
+    """The entry points of a compiled module, in plain PyTorch on the CPU."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def workspace_bytes(self, device: int) -> int:
+        return 16
+
+    def run(self, workspace, *tensors_and_options) -> None:
+        *tensors, out, lse, causal, sm_scale, lse_base_e, ckv_scale, kpe_scale = tensors_and_options
+        assert (lse, causal, lse_base_e, ckv_scale, kpe_scale) == (None, False, False, 1.0, 1.0)
+        result, _ = reference.mla_paged_attention(*tensors, causal, sm_scale)
+        out.copy_(result)
+        self.calls += 1
+
+
+class Replayed:
+    """What timing.capture returns, without a graph."""
+
+    def __init__(self, run, calls):
+        self.output = [run(call) for call in range(calls)][-1]
+        self.graph, self.replay = self, lambda: [run(call) for call in range(calls)]
+
+
+def test_measuring_a_cell(monkeypatch):
+    monkeypatch.setattr(emulation.timing, "capture", Replayed)
+    monkeypatch.setattr(emulation.timing, "time_in_turns", lambda captured, repeats: [2.0, 5.0])
+    cell = grid.Cell(3, 130, heads=8)
+    monkeypatch.setattr(emulation, "POOL_BYTES", 2 * cell.nominal_bytes())
+    pool = inputs.Pool(3 * cell.nominal_bytes(), seed=1, device="cpu")
+    modules = {8: ReferenceModule(), 64: ReferenceModule()}
+    found = emulation.measure(cell, pool, modules.__getitem__, seed=1, repeats=3)
+    assert evidence.schema_errors(dict.fromkeys(evidence.TOP_KEYS) | {"cases": [found]}) == []
+    assert (found["us"], found["padded"]["us"]) == (2.0, 5.0)
+    assert found["rmse"] == found["padded"]["rmse"] <= 1.01 * found["rmse_rounding"]
+    assert found["gbps"] == pytest.approx(3 * 130 * 1152 / 2e3, abs=0.1)
+    assert modules[8].calls == modules[64].calls == 2 * 16  # captured, and replayed once
 
 
 def test_table_row():

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import check_ptxas
 import torch
 
 from etap_flashinfer import aot, jit
@@ -41,10 +42,23 @@ def variant(row_tile: int) -> EmulatedVariant:
 
 
 def build(directory: pathlib.Path, row_tiles: Sequence[int], jobs: int) -> None:
-    """Compile all modules into a directory; needs nvcc, but no GPU."""
+    """Compile all modules into a directory; needs nvcc, but no GPU.
+
+    Raises
+    ------
+    RuntimeError
+        If ptxas spills or serialises WGMMAs in one of them: it would emulate something slower.
+    """
     for name in tool_modules.NAMES:
         tool_modules.build(name, directory)
-    aot.build_all([variant(row_tile) for row_tile in row_tiles], directory, jobs, verbose=False)
+    variants = [variant(row_tile) for row_tile in row_tiles]
+    aot.build_all(variants, directory, jobs, verbose=False)
+    reports = check_ptxas.check_variants(variants, jobs, nvdisasm=None)
+    problems = [
+        f"{one.variant.short_name}: {problem}" for one in reports for problem in one.problems
+    ]
+    if problems:
+        raise RuntimeError("\n".join(problems))
 
 
 def calibrate(modules: pathlib.Path | None) -> list[dict[str, Any]]:
@@ -68,8 +82,9 @@ def calibrate(modules: pathlib.Path | None) -> list[dict[str, Any]]:
 
 def launcher(module: Any, inputs: Inputs) -> RunCall:
     """``run(call)`` on the module itself: the package would choose another row tile."""
-    workspace = torch.empty(module.workspace_bytes(0), dtype=torch.uint8, device="cuda")
-    out = torch.empty(*inputs.queries.shape[1:3], HEAD_DIM_CKV, dtype=torch.bfloat16, device="cuda")
+    device = inputs.queries.device
+    workspace = torch.empty(module.workspace_bytes(0), dtype=torch.uint8, device=device)
+    out = torch.empty(*inputs.queries.shape[1:3], HEAD_DIM_CKV, dtype=torch.bfloat16, device=device)
     index = (inputs.qo_indptr, inputs.kv_indptr, inputs.kv_indices, inputs.kv_lens)
 
     def run(call: int) -> torch.Tensor:
