@@ -12,6 +12,7 @@
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <atomic>
 #include <numeric>
 
@@ -31,6 +32,9 @@ using Bf16Traits = std::conditional_t<kRowTile == 64, RowsMlaTraits<DType, kKvLo
 using Traits = std::conditional_t<kKvCache == KvCache::kSame, Bf16Traits,
                                   EtapMlaFp8Traits<DType, kRowTile, kKvLoader, kKvCache>>;
 using CacheElement = Traits::Boxes::Element;
+#ifdef ETAP_EMULATE_H20
+static_assert(kKvCache == KvCache::kSame, "the fp8 kernel does not multiply through multiply()");
+#endif
 
 #define ETAP_CHECK_CUDA(call)                                                         \
   do {                                                                                \
@@ -52,6 +56,7 @@ int32_t prepare_device(int32_t device) {
     ETAP_CHECK_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
     TVM_FFI_CHECK(num_sms <= kMaxCtas, RuntimeError)
         << "the GPU has " << num_sms << " SMs; the merge kernel is built for at most " << kMaxCtas;
+    num_sms = std::min(num_sms, kMostCtas);
     ETAP_CHECK_CUDA(cudaFuncSetAttribute(etap_mla_kernel<Traits>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          sizeof(typename Traits::SharedStorage)));

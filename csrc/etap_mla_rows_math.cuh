@@ -22,6 +22,7 @@
 #include "etap_mla_loader.cuh"
 #include "etap_mla_output.cuh"
 #include "etap_mla_rows_traits.cuh"
+#include "etap_mla_wgmma.cuh"
 
 namespace etap {
 
@@ -46,7 +47,7 @@ class RowsMathWarpgroup {
   __device__ RowsMathWarpgroup(Params const& params, SharedStorage& shared)
       : params_(params), shared_(shared) {}
 
-  __device__ __forceinline__ void run() {
+  __device__ ETAP_INLINE_MATH void run() {
     while (begin_segment()) {
       if (splits_probability()) {
         run_segment<true>();
@@ -179,8 +180,8 @@ class RowsMathWarpgroup {
     mma.accumulate_ = GMMA::ScaleOut::One;
     warpgroup_fence_operand(output_);
     warpgroup_arrive();
-    gemm(mma, high, v_operand, output_);
-    if constexpr (kSplits) gemm(mma, low, v_operand, output_);
+    multiply_(mma, high, v_operand, output_);
+    if constexpr (kSplits) multiply_(mma, low, v_operand, output_);
     warpgroup_commit_batch();
   }
 
@@ -274,8 +275,8 @@ class RowsMathWarpgroup {
       warpgroup_arrive();
 #pragma unroll
       for (int32_t step = 0; step < size<2>(k_operand); ++step) {
-        gemm(mma_qk_, q_operand(_, 0, step, number), k_operand(_, 0, step, number),
-             scores_(_, 0, 0));
+        multiply_(mma_qk_, q_operand(_, 0, step, number), k_operand(_, 0, step, number),
+                  scores_(_, 0, 0));
         mma_qk_.accumulate_ = GMMA::ScaleOut::One;
       }
     }
@@ -484,6 +485,7 @@ class RowsMathWarpgroup {
 
   Params const& params_;
   SharedStorage& shared_;
+  Multiply multiply_;
   int32_t const thread_ = threadIdx.x % kWarpgroupThreads;
   int32_t const warpgroup_ = cutlass::canonical_warp_group_idx();
   int32_t const warp_ = cutlass::canonical_warp_idx_sync() % 4;

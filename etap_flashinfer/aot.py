@@ -116,7 +116,7 @@ def _write_manifest(
     # Named by hash, so what lies there under the present name was built from these sources.
     listed = [
         variant
-        for variant in jit.ALL_VARIANTS
+        for variant in dict.fromkeys([*jit.ALL_VARIANTS, *variants])
         if variant in variants or (directory / f"{variant.name}.so").is_file()
     ]
     manifest = {

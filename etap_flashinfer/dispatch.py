@@ -11,6 +11,10 @@ MAX_NUM_HEADS = 128
 DTYPES = (torch.bfloat16, torch.float16)
 ROW_TILES = (8, 16, 32, 64)
 KvLoader = Literal["tma", "gather"]
+# Of a compiled variant: a cache of the queries' type, or of e4m3 codes.
+KvCache = Literal["same", "fp8"]
+# By kv_cache_format; a format that is not here has no kernel yet.
+KV_CACHE_OF_FORMAT: dict[str | None, KvCache] = {None: "same", "fp8_e4m3": "fp8"}
 HOPPER = (9, 0)
 
 # The kernel's token tile, and the fewest rows of one page that a TMA copy box may hold.
@@ -72,15 +76,10 @@ def etap_problem_refusal(
     kv_data_type: torch.dtype,
 ) -> str | None:
     """Say why the ETAP kernel can't serve such a problem on any device; None if it can."""
-    if kv_data_type == torch.float8_e4m3fn:
+    if q_data_type not in DTYPES or kv_data_type not in (q_data_type, torch.float8_e4m3fn):
         return (
-            "kv_data_type torch.float8_e4m3fn is not supported yet; use backend='fa3' (stock "
-            "FlashInfer), which backend='auto' chooses"
-        )
-    if q_data_type not in DTYPES or kv_data_type != q_data_type:
-        return (
-            f"got q_data_type {q_data_type} and kv_data_type {kv_data_type}; allowed: both "
-            "torch.bfloat16 or both torch.float16"
+            f"got q_data_type {q_data_type} and kv_data_type {kv_data_type}; allowed: "
+            "torch.bfloat16 or torch.float16, and a cache of the same or of torch.float8_e4m3fn"
         )
     if (head_dim_ckv, head_dim_kpe) != (HEAD_DIM_CKV, HEAD_DIM_KPE):
         return (

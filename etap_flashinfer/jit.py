@@ -1,6 +1,7 @@
 """Compile and load the ETAP MLA kernels through FlashInfer's JIT.
 
-Every variant of the kernel (dtype, row tile, way of loading the cache) is one module. The sources
+Every variant of the kernel (dtype, row tile, way of loading the cache, format of the cache) is one
+module. The sources
 under ``csrc`` and a configuration rendered for the variant are copied to FlashInfer's directory of
 generated sources and compiled for sm_90a by :func:`flashinfer.jit.gen_jit_spec`; nothing is ever
 written into the package. The name of a module carries a hash of the sources, so that an upgrade
@@ -28,7 +29,7 @@ from typing import Any, get_args
 import torch
 
 from . import dispatch, stock
-from .dispatch import HOPPER, ROW_TILES, KvLoader
+from .dispatch import HOPPER, ROW_TILES, KvCache, KvLoader
 
 AOT_DIR_ENV = "ETAP_FLASHINFER_AOT_DIR"
 AOT_MANIFEST = "manifest.json"
@@ -36,6 +37,7 @@ AOT_MANIFEST = "manifest.json"
 _SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CPP_DTYPES = {torch.bfloat16: "cutlass::bfloat16_t", torch.float16: "cutlass::half_t"}
 _CPP_KV_LOADERS = {"tma": "kTma", "gather": "kGather"}
+_CPP_KV_CACHES = {"same": "kSame", "fp8": "kFp8"}
 _TEMPLATE_SUFFIX = ".jinja"
 _DIGEST_SUFFIX = ".sha256"
 _BUILD_LOG_LINES = 30
@@ -53,11 +55,14 @@ class EtapMlaVariant:
     Parameters
     ----------
     dtype : torch.dtype
-        Of queries, cache and output: ``torch.bfloat16`` or ``torch.float16``.
+        Of queries and output: ``torch.bfloat16`` or ``torch.float16``.
     row_tile : int
         Packed rows (query x head) of one tile, WGMMA's N: 8, 16, 32 or 64.
     kv_loader : str
         ``"tma"`` (page sizes with ``gcd(page_size, 64) >= 8``) or ``"gather"`` (every page size).
+    kv_cache : str
+        ``"same"`` (elements of ``dtype``) or ``"fp8"`` (e4m3 codes with one scale for ckv and one
+        for kpe).
 
     Raises
     ------
@@ -68,21 +73,29 @@ class EtapMlaVariant:
     dtype: torch.dtype
     row_tile: int
     kv_loader: KvLoader
+    kv_cache: KvCache = "same"
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, tuple(_SHORT_DTYPES))
         _check_choice("row_tile", self.row_tile, ROW_TILES)
         _check_choice("kv_loader", self.kv_loader, get_args(KvLoader))
+        _check_choice("kv_cache", self.kv_cache, get_args(KvCache))
 
     @property
     def short_name(self) -> str:
-        """Name without the hash of the sources, for example ``bf16_n16_tma``."""
-        return f"{_SHORT_DTYPES[self.dtype]}_n{self.row_tile}_{self.kv_loader}"
+        """Name without the hash of the sources: ``bf16_n16_tma``, ``bf16_fp8_n16_tma``."""
+        cache = "" if self.kv_cache == "same" else f"{self.kv_cache}_"
+        return f"{_SHORT_DTYPES[self.dtype]}_{cache}n{self.row_tile}_{self.kv_loader}"
 
     @property
     def name(self) -> str:
         """Name of the module: ``etap_mla_<short name>_<12 hex digits of csrc_sha256>``."""
         return f"etap_mla_{self.short_name}_{csrc_sha256()[:12]}"
+
+    @property
+    def nvcc_flags(self) -> tuple[str, ...]:
+        """Flags beyond those of every variant; a class that adds some needs names of its own."""
+        return ()
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -91,7 +104,8 @@ def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None
 
 
 ALL_VARIANTS = tuple(
-    EtapMlaVariant(dtype, row_tile, kv_loader)
+    EtapMlaVariant(dtype, row_tile, kv_loader, kv_cache)
+    for kv_cache in get_args(KvCache)
     for dtype in _SHORT_DTYPES
     for row_tile in ROW_TILES
     for kv_loader in get_args(KvLoader)
@@ -194,6 +208,7 @@ def _render_config(template: str, variant: EtapMlaVariant) -> str:
         dtype=_CPP_DTYPES[variant.dtype],
         row_tile=variant.row_tile,
         kv_loader=_CPP_KV_LOADERS[variant.kv_loader],
+        kv_cache=_CPP_KV_CACHES[variant.kv_cache],
     )
 
 
@@ -244,7 +259,7 @@ def gen_etap_mla_module(variant: EtapMlaVariant) -> Any:
         return jit.gen_jit_spec(
             variant.name,
             [directory / "etap_mla_binding.cu"],
-            extra_cuda_cflags=list(jit.sm90a_nvcc_flags),
+            extra_cuda_cflags=[*jit.sm90a_nvcc_flags, *variant.nvcc_flags],
             extra_ldflags=[f"-L{directory / 'libcuda'}"],
             extra_include_paths=[directory],
         )

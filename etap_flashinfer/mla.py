@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from . import dispatch, index_values, planning, reference, stock, validation
+from . import cache_format, dispatch, index_values, planning, reference, stock, validation
+from .cache_format import KvCacheFormat
 from .planning import IndexTensors, Plan
 from .validation import Problem
 
@@ -51,10 +52,10 @@ class BatchMLAPagedAttentionWrapper:
     kv_len_arr : torch.Tensor, optional
         Buffer, int32, shape ``[batch]``.
     backend : str
-        ``"auto"`` takes ETAP where it serves (Hopper; bf16 or fp16 queries and cache; head
-        dimensions 512 and 64; 1 to 128 heads), stock FlashInfer elsewhere, and the reference on the
-        CPU. ``"etap"``, ``"fa2"``, ``"fa3"`` and ``"cutlass"`` force a kernel, ``"reference"`` is
-        plain PyTorch on any device.
+        ``"auto"`` takes ETAP where it serves (Hopper; bf16 or fp16 queries with a cache of the same
+        type or of fp8; head dimensions 512 and 64; 1 to 128 heads), stock FlashInfer elsewhere, and
+        the reference on the CPU. ``"etap"``, ``"fa2"``, ``"fa3"`` and ``"cutlass"`` force a kernel,
+        ``"reference"`` is plain PyTorch on any device.
 
     Attributes
     ----------
@@ -120,8 +121,8 @@ class BatchMLAPagedAttentionWrapper:
         # Stock wrappers made so far, by backend, and the one that serves the current plan.
         self._stock_wrappers: dict[str, Any] = {}
         self._stock: Any = None
-        # The ETAP kernel's entry points used so far, by (dtype, row tile, loader).
-        self._kernels: dict[tuple[torch.dtype, int, str], Callable[..., None]] = {}
+        # The ETAP kernel's entry points used so far, by (dtype, row tile, loader, cache).
+        self._kernels: dict[tuple[torch.dtype, int, str, str], Callable[..., None]] = {}
 
         self._device_refusal = dispatch.etap_device_refusal(self.device)
         self._is_always_stock = backend in stock.BACKENDS
@@ -174,6 +175,7 @@ class BatchMLAPagedAttentionWrapper:
         enable_pdl: bool | None = None,
         use_sinks: bool = False,
         validate: bool | None = None,
+        kv_cache_format: KvCacheFormat | None = None,
     ) -> None:
         """Take the index tensors and the shape of the problem for the calls of ``run`` that follow.
 
@@ -203,7 +205,8 @@ class BatchMLAPagedAttentionWrapper:
             Factor of the scores before the softmax: 1/sqrt(192) for DeepSeek, the head dimension
             before absorption.
         q_data_type, kv_data_type : torch.dtype
-            Types of queries (and output) and of the cache.
+            Types of queries (and output) and of the cache: alike, or ``torch.float8_e4m3fn`` for an
+            fp8 cache. The fp8 cache is read as it is; queries are not quantised.
         metadata : flashinfer.mla.MLAPlanMetadata, optional
             The four index tensors in one object, in their place.
         query_layout, kv_cache_layout : str, optional
@@ -214,7 +217,15 @@ class BatchMLAPagedAttentionWrapper:
             Accepted if it is ``q_data_type``.
         enable_pdl : bool, optional
             Accepted unless True: the kernel has its own way of launching.
-        use_profiler, cum_seq_lens_q, block_tables, seq_lens, max_q_len, output_scale, scale_mode, \
+        scale_mode : str
+            ``"kv-per-tensor"`` is accepted with ``kv_cache_format="fp8_e4m3"``, which is the same.
+        kv_cache_format : str, optional
+            Not in FlashInfer's signature. How an fp8 cache is laid out: ``"fp8_e4m3"``, the default
+            for ``kv_data_type=torch.float8_e4m3fn``, e4m3 codes with one scale for ckv and one for
+            kpe, given to ``run``; or ``"flashmla_656"``, FlashMLA's 656 bytes a token (512 e4m3
+            codes of ckv, four fp32 scales for 128 columns each, 64 bf16 of kpe), which no kernel
+            reads yet, only ``backend="reference"``. :mod:`etap_flashinfer.quantization` makes both.
+        use_profiler, cum_seq_lens_q, block_tables, seq_lens, max_q_len, output_scale, \
 skip_softmax, use_sinks
             Served by stock FlashInfer only: ``backend="auto"`` turns to it, ``"etap"`` and
             ``"reference"`` refuse.
@@ -268,6 +279,10 @@ skip_softmax, use_sinks
         )
         self._is_planned = False  # a plan that fails leaves none behind
         self._checked_index = None
+        if self.backend != "reference":
+            cache_format.refuse_without_kernel(
+                kv_data_type, kv_cache_format, self._requested_backend
+            )
         has_index = metadata is not None or any(tensor is not None for tensor in index.values())
         if index_values.is_wanted(validate) and (validate or has_index):
             self._checked_index = index_values.check(
@@ -279,7 +294,7 @@ skip_softmax, use_sinks
                 self._log_stock(self._device_refusal)
             self._is_planned = True
             return
-        checked = planning.checked_problem(problem)
+        checked = planning.checked_problem(problem, kv_cache_format)
         refusal = planning.refusal_of(
             checked, metadata, options, for_etap=self.backend != "reference"
         )
@@ -338,11 +353,13 @@ skip_softmax, use_sinks
         q_nope, q_pe : torch.Tensor
             Queries, shapes ``[total queries, num_heads, head_dim_ckv]`` and
             ``[total queries, num_heads, head_dim_kpe]``. For ETAP these and the caches may be
-            views: the last dimension contiguous, other strides multiples of 8 elements, 16-byte
+            views: the last dimension contiguous, other strides multiples of 16 bytes, 16-byte
             aligned.
         ckv_cache, kpe_cache : torch.Tensor
             Cache, shapes ``[pages, page_size, head_dim_ckv]`` and
-            ``[pages, page_size, head_dim_kpe]``.
+            ``[pages, page_size, head_dim_kpe]``. Of an fp8 cache, float8_e4m3fn or its bytes as
+            uint8. With ``kv_cache_format="flashmla_656"`` ckv_cache is all of it,
+            ``[pages, page_size, 656]`` or ``[pages, page_size, 1, 656]``, and kpe_cache None.
         out : torch.Tensor, optional
             Receives the output: shape of ``q_nope``, ``q_data_type``. Made here if not given.
         lse : torch.Tensor, optional
@@ -353,8 +370,11 @@ skip_softmax, use_sinks
             Whether it is the natural one; base 2 otherwise.
         query, kv_cache : torch.Tensor or pair of torch.Tensor
             In place of the first four: packed tensors ``[.., head_dim_ckv + head_dim_kpe]``, or
-            the pairs.
-        profiler_buffer, kv_len, page_table, o_scale, ckv_scale, ckv_scale_arr, kpe_scale, sinks, \
+            the pairs; with ``kv_cache_format="flashmla_656"``, kv_cache is what ckv_cache is.
+        ckv_scale, kpe_scale : float, optional
+            Scales of an fp8 cache in the format ``"fp8_e4m3"``: a value is its code times the
+            scale. 1.0 if not given (stock FlashInfer wants both). A captured graph keeps them.
+        profiler_buffer, kv_len, page_table, o_scale, ckv_scale_arr, sinks, \
 skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
             For stock FlashInfer's backends only; refused with others.
 
@@ -375,9 +395,7 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
             "kv_len": kv_len,
             "page_table": page_table,
             "o_scale": o_scale,
-            "ckv_scale": ckv_scale,
             "ckv_scale_arr": ckv_scale_arr,
-            "kpe_scale": kpe_scale,
             "sinks": sinks,
             "skip_softmax_threshold_scale_factor": skip_softmax_threshold_scale_factor,
             "bmm1_scale": bmm1_scale,
@@ -400,21 +418,31 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
                 "lse": lse,
                 "return_lse": return_lse,
                 "return_lse_base_on_e": return_lse_base_on_e,
+                "ckv_scale": ckv_scale,
+                "kpe_scale": kpe_scale,
             }
             return self._run_stock(inputs | options)
         plan = self._plan
         assert plan is not None
+        problem = plan.problem
         validation.check_run_options(self.backend, options)
-        if query is not None or kv_cache is not None:
-            q_nope, q_pe = _split(plan.problem, "query", query, q_nope, q_pe)
-            ckv_cache, kpe_cache = _split(plan.problem, "kv_cache", kv_cache, ckv_cache, kpe_cache)
+        scales = cache_format.checked_scales(problem, ckv_scale, kpe_scale)
+        if query is not None:
+            _check_not_both("query", q_nope, q_pe)
+            q_nope, q_pe = validation.split_packed(
+                "query", query, problem.head_dim_ckv, problem.head_dim_kpe
+            )
+        if kv_cache is not None:
+            _check_not_both("kv_cache", ckv_cache, kpe_cache)
+            ckv_cache, kpe_cache = cache_format.split_packed(problem, kv_cache)
         tensors = (q_nope, q_pe, ckv_cache, kpe_cache)
-        return self._run_planned(plan, tensors, out, lse, return_lse, return_lse_base_on_e)
+        return self._run_planned(plan, tensors, scales, out, lse, return_lse, return_lse_base_on_e)
 
     def _run_planned(
         self,
         plan: Plan,
         inputs: tuple[Any, Any, Any, Any],
+        scales: tuple[float, float],
         out: torch.Tensor | None,
         lse: torch.Tensor | None,
         return_lse: bool,
@@ -422,10 +450,13 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Check the tensors of ``run`` against the plan, and run the kernel or the reference."""
         problem, device = plan.problem, self.device
-        validation.check_inputs(*inputs, problem, device)
+        q_nope, q_pe, ckv, kpe = inputs
+        validation.check_queries(q_nope, q_pe, problem, device)
+        ckv, kpe = cache_format.checked_cache(ckv, kpe, problem, device)
         if self.backend == "etap":
-            validation.check_kernel_inputs(*inputs)
-        total_queries = inputs[0].shape[0]
+            validation.check_kernel_queries(q_nope, q_pe)
+            cache_format.check_kernel_cache(ckv, kpe)
+        total_queries = q_nope.shape[0]
         validation.check_total_queries(total_queries, plan.total_queries)
         if return_lse or lse is not None:
             validation.check_lse_mode(plan.lse_mode, lse_base_e)
@@ -439,8 +470,8 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
         elif return_lse:
             lse = torch.empty(out_shape[:2], dtype=torch.float32, device=device)
         if total_queries > 0:
-            execute = self._run_etap if self.backend == "etap" else _run_reference
-            execute(plan, inputs, out, lse, lse_base_e)
+            execute = self._run_etap if self.backend == "etap" else reference.run
+            execute(plan, (q_nope, q_pe, ckv, kpe), scales, out, lse, lse_base_e)
         if not return_lse:
             return out
         assert lse is not None
@@ -449,7 +480,8 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
     def _run_etap(
         self,
         plan: Plan,
-        inputs: tuple[Any, Any, Any, Any],
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        scales: tuple[float, float],
         out: torch.Tensor,
         lse: torch.Tensor | None,
         lse_base_e: bool,
@@ -468,13 +500,15 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
             problem.causal,
             problem.sm_scale,
             lse_base_e,
+            *scales,
         )
 
     def _kernel(self, problem: Problem, query_len: int) -> Callable[..., None]:
         """Entry point of the variant that serves requests of ``query_len`` queries best."""
         row_tile = dispatch.choose_row_tile(problem.num_heads, query_len)
         kv_loader = dispatch.choose_kv_loader(problem.page_size)
-        key = (problem.q_data_type, row_tile, kv_loader)
+        kv_cache = dispatch.KV_CACHE_OF_FORMAT[problem.kv_cache_format]
+        key = (problem.q_data_type, row_tile, kv_loader, kv_cache)
         kernel = self._kernels.get(key)
         if kernel is None:
             from . import jit
@@ -517,23 +551,6 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
         return result
 
 
-def _run_reference(
-    plan: Plan,
-    inputs: tuple[Any, Any, Any, Any],
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    lse_base_e: bool,
-) -> None:
-    """Compute in float32 with PyTorch."""
-    problem = plan.problem
-    exact_out, exact_lse = reference.mla_paged_attention(
-        *inputs, *plan.index, problem.causal, problem.sm_scale, lse_base_e=lse_base_e
-    )
-    out.copy_(exact_out)
-    if lse is not None:
-        lse.copy_(exact_lse)
-
-
 def _leading(part: Any, packed: Any) -> int | None:
     """First dimension of the queries or the cache, in whichever way they were given."""
     value = packed if part is None else part
@@ -541,10 +558,6 @@ def _leading(part: Any, packed: Any) -> int | None:
     return tensor.shape[0] if isinstance(tensor, torch.Tensor) and tensor.ndim else None
 
 
-def _split(problem: Problem, name: str, value: Any, first: Any, second: Any) -> tuple[Any, Any]:
-    """The two parts of the queries or the cache, given together as ``value`` or one by one."""
-    if value is None:
-        return first, second
+def _check_not_both(name: str, first: Any, second: Any) -> None:
     if first is not None or second is not None:
         raise TypeError(f"run() got both {name} and its two parts; give one of them")
-    return validation.split_packed(name, value, problem.head_dim_ckv, problem.head_dim_kpe)

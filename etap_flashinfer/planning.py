@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, validation
+from . import cache_format, dispatch, validation
 from .validation import Problem
 
 # qo_indptr, kv_indptr, kv_indices, kv_len_arr
@@ -53,13 +53,22 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def checked_problem(arguments: dict[str, Any]) -> Problem:
+def checked_problem(arguments: dict[str, Any], kv_cache_format: Any) -> Problem:
+    """The arguments of ``plan`` that are not tensors, checked.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For what no backend but a forced stock one could serve.
+    """
     missing = [name for name, value in arguments.items() if value is None]
     if missing:
         raise TypeError(f"plan() is missing {', '.join(missing)}")
-    problem = Problem(**arguments)
+    problem = Problem(**arguments, kv_cache_format=kv_cache_format)
     validation.check_problem(problem)
     problem.sm_scale = float(problem.sm_scale)
+    problem.kv_cache_format = cache_format.resolve(problem.kv_data_type, kv_cache_format)
+    cache_format.check_head_dims(problem)
     return problem
 
 
@@ -69,7 +78,7 @@ def refusal_of(
     """Say why ETAP, or the reference, can't serve a plan that stock FlashInfer may; else None."""
     if metadata is not None and getattr(metadata, "qo_indptr", None) is None:
         return "metadata holds dense page tables only; give MLAPlanMetadata.csr(...)"
-    if refusal := validation.plan_option_refusal(options, problem.q_data_type):
+    if refusal := validation.plan_option_refusal(options, problem):
         return refusal
     if for_etap:
         return dispatch.etap_problem_refusal(

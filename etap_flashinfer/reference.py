@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from . import validation
+from . import quantization, validation
+from .planning import Plan
 
 
 def mla_paged_attention(
@@ -25,6 +26,9 @@ def mla_paged_attention(
     *,
     accumulate_dtype: torch.dtype = torch.float32,
     lse_base_e: bool = False,
+    kv_cache_format: str | None = None,
+    ckv_scale: float = 1.0,
+    kpe_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from every query to the cached tokens of its request.
 
@@ -37,7 +41,8 @@ def mla_paged_attention(
     q_nope, q_pe : torch.Tensor
         Queries, shapes ``[total queries, heads, head_dim_ckv]`` and ``[.., head_dim_kpe]``.
     ckv_cache, kpe_cache : torch.Tensor
-        Cache, shapes ``[pages, page_size, head_dim_ckv]`` and ``[.., head_dim_kpe]``.
+        Cache, shapes ``[pages, page_size, head_dim_ckv]`` and ``[.., head_dim_kpe]``; with
+        ``kv_cache_format="flashmla_656"`` both are the packed cache, ``[pages, page_size, 656]``.
     qo_indptr, kv_indptr : torch.Tensor
         Offsets of each request's queries, and of its pages in ``kv_indices``; int32, shape
         ``[batch + 1]`` or longer, any device.
@@ -53,6 +58,10 @@ def mla_paged_attention(
         ``torch.float32`` or ``torch.float64``: type of all arithmetic and of the results.
     lse_base_e : bool
         Whether the log-sum-exp is the natural one; base 2 otherwise.
+    kv_cache_format : str, optional
+        Of an fp8 cache, as ``plan`` takes it; such a cache may be uint8.
+    ckv_scale, kpe_scale : float
+        What the codes of the format ``"fp8_e4m3"`` are multiplied with.
 
     Returns
     -------
@@ -89,15 +98,54 @@ def mla_paged_attention(
         pages = kv_indices[first : first + -(-length // page_size)]
         _check_pages(pages, ckv_cache.shape[0], request)
         pages = pages.to(ckv_cache.device)
+        ckv = _read(ckv_cache, pages, length)
+        if kv_cache_format == "flashmla_656":
+            tokens = quantization.dequantize_flashmla_656(ckv, accumulate_dtype)
+            ckv, kpe = tokens[:, : q_nope.shape[2]], tokens[:, q_nope.shape[2] :]
+        else:
+            kpe = _read(kpe_cache, pages, length)
+            if kv_cache_format == "fp8_e4m3":
+                ckv = ckv.view(quantization.FP8_DTYPE).to(accumulate_dtype) * ckv_scale
+                kpe = kpe.view(quantization.FP8_DTYPE).to(accumulate_dtype) * kpe_scale
         out[queries], lse[queries] = _attend(
             q_nope[queries].to(accumulate_dtype),
             q_pe[queries].to(accumulate_dtype),
-            _read(ckv_cache, pages, length).to(accumulate_dtype),
-            _read(kpe_cache, pages, length).to(accumulate_dtype),
+            ckv.to(accumulate_dtype),
+            kpe.to(accumulate_dtype),
             causal,
             sm_scale,
         )
     return out, lse if lse_base_e else lse * math.log2(math.e)
+
+
+def run(
+    plan: Plan,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    scales: tuple[float, float],
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    lse_base_e: bool,
+) -> None:
+    """Serve a plan: in float32, with an fp8 cache, whose values float32 can't all hold, in float64.
+
+    ``inputs`` are q_nope, q_pe, ckv_cache and kpe_cache, ``scales`` those of the two caches.
+    """
+    problem = plan.problem
+    is_fp8 = problem.kv_cache_format is not None
+    exact_out, exact_lse = mla_paged_attention(
+        *inputs,
+        *plan.index,
+        problem.causal,
+        problem.sm_scale,
+        accumulate_dtype=torch.float64 if is_fp8 else torch.float32,
+        lse_base_e=lse_base_e,
+        kv_cache_format=problem.kv_cache_format,
+        ckv_scale=scales[0],
+        kpe_scale=scales[1],
+    )
+    out.copy_(exact_out)
+    if lse is not None:
+        lse.copy_(exact_lse)
 
 
 def _check_pages(pages: torch.Tensor, num_pages: int, request: int) -> None:

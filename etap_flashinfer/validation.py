@@ -33,6 +33,7 @@ class Problem:
     sm_scale: float
     q_data_type: torch.dtype
     kv_data_type: torch.dtype
+    kv_cache_format: str | None = None  # of an fp8 cache: see cache_format.KvCacheFormat
 
 
 def check_workspace(workspace: Any) -> None:
@@ -89,11 +90,14 @@ def check_problem(problem: Problem) -> None:
 
 def check_reference_dtypes(problem: Problem) -> None:
     """Check the data types that the reference backend computes with."""
-    for name in ("q_data_type", "kv_data_type"):
-        if getattr(problem, name) not in REFERENCE_DTYPES:
+    for name, allowed in (
+        ("q_data_type", REFERENCE_DTYPES),
+        ("kv_data_type", (*REFERENCE_DTYPES, torch.float8_e4m3fn)),
+    ):
+        if getattr(problem, name) not in allowed:
             raise ValueError(
                 f"backend 'reference': {name} is {getattr(problem, name)}; allowed: "
-                f"{', '.join(map(str, REFERENCE_DTYPES))}"
+                f"{', '.join(map(str, allowed))}"
             )
 
 
@@ -231,15 +235,15 @@ def check_fits_graph_buffers(
         )
 
 
-def plan_option_refusal(options: dict[str, Any], q_data_type: torch.dtype) -> str | None:
+def plan_option_refusal(options: dict[str, Any], problem: Problem) -> str | None:
     """Say which of plan's optional arguments only stock FlashInfer serves; None if none of them.
 
     Parameters
     ----------
     options : dict
         The optional arguments that differ from their defaults.
-    q_data_type : torch.dtype
-        The only output type allowed.
+    problem : Problem
+        ``q_data_type`` is the only output type allowed.
     """
     for name, value in options.items():
         if name in ("query_layout", "kv_cache_layout"):
@@ -249,8 +253,11 @@ def plan_option_refusal(options: dict[str, Any], q_data_type: torch.dtype) -> st
             if value not in LSE_MODES:
                 raise ValueError(f"lse_mode is {value!r}; allowed: {', '.join(LSE_MODES)}")
         elif name == "output_dtype":
-            if value != q_data_type:
-                return f"output_dtype is {value}; allowed: q_data_type, {q_data_type}"
+            if value != problem.q_data_type:
+                return f"output_dtype is {value}; allowed: q_data_type, {problem.q_data_type}"
+        elif name == "scale_mode" and value == "kv-per-tensor":
+            if problem.kv_cache_format != "fp8_e4m3":
+                return f"scale_mode is {value!r}, which needs kv_cache_format 'fp8_e4m3'"
         elif name == "enable_pdl":
             if value is not False:
                 return f"enable_pdl is {value!r}; allowed: None or False"
@@ -276,9 +283,7 @@ _STOCK_RUN_OPTIONS = {
     "kv_len": "backend='cutlass'",
     "page_table": "backend='cutlass'",
     "o_scale": "backend='cutlass'",
-    "ckv_scale": "backend='fa3' with an fp8 cache",
     "ckv_scale_arr": "backend='fa3' with an fp8 cache",
-    "kpe_scale": "backend='fa3' with an fp8 cache",
     "sinks": "a stock FlashInfer backend planned with use_sinks=True",
     "skip_softmax_threshold_scale_factor": "a stock FlashInfer backend planned for it",
     "bmm1_scale": "a stock FlashInfer backend planned for it",
@@ -308,7 +313,7 @@ def check_tensor(
     tensor: Any,
     leading: str,
     trailing: tuple[int, int],
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
     """Check type, dtype, device and the last two of the three dimensions of an input of ``run``.
@@ -317,8 +322,9 @@ def check_tensor(
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; planned: {dtype}")
+    if tensor.dtype not in dtypes:
+        planned = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name} has dtype {tensor.dtype}; planned: {planned}")
     if tensor.device != device:
         raise ValueError(
             f"{name} is on {tensor.device}; it must be on the workspace's device, {device}"
@@ -330,27 +336,14 @@ def check_tensor(
         )
 
 
-def check_inputs(
-    q_nope: Any,
-    q_pe: Any,
-    ckv_cache: Any,
-    kpe_cache: Any,
-    problem: Problem,
-    device: torch.device,
-) -> None:
-    """Check queries and cache against what was planned."""
-    heads, page = problem.num_heads, problem.page_size
-    ckv, kpe = problem.head_dim_ckv, problem.head_dim_kpe
-    check_tensor("q_nope", q_nope, "total queries", (heads, ckv), problem.q_data_type, device)
-    check_tensor("q_pe", q_pe, "total queries", (heads, kpe), problem.q_data_type, device)
-    check_tensor("ckv_cache", ckv_cache, "pages", (page, ckv), problem.kv_data_type, device)
-    check_tensor("kpe_cache", kpe_cache, "pages", (page, kpe), problem.kv_data_type, device)
+def check_queries(q_nope: Any, q_pe: Any, problem: Problem, device: torch.device) -> None:
+    """Check the queries against what was planned."""
+    heads, dtypes = problem.num_heads, (problem.q_data_type,)
+    nope, pe = (heads, problem.head_dim_ckv), (heads, problem.head_dim_kpe)
+    check_tensor("q_nope", q_nope, "total queries", nope, dtypes, device)
+    check_tensor("q_pe", q_pe, "total queries", pe, dtypes, device)
     if q_pe.shape[0] != q_nope.shape[0]:
         raise ValueError(f"q_pe holds {q_pe.shape[0]} queries, q_nope {q_nope.shape[0]}")
-    if kpe_cache.shape[0] != ckv_cache.shape[0]:
-        raise ValueError(
-            f"kpe_cache has {kpe_cache.shape[0]} pages, ckv_cache {ckv_cache.shape[0]}"
-        )
 
 
 def check_total_queries(given: int, planned: int | None) -> None:
@@ -362,16 +355,10 @@ def check_total_queries(given: int, planned: int | None) -> None:
         )
 
 
-def check_kernel_inputs(
-    q_nope: torch.Tensor, q_pe: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor
-) -> None:
-    """Check what the ETAP kernel needs of queries and cache beyond what was planned."""
+def check_kernel_queries(q_nope: torch.Tensor, q_pe: torch.Tensor) -> None:
+    """Check what the ETAP kernel needs of the queries beyond what was planned."""
     check_kernel_layout("q_nope", q_nope, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
     check_kernel_layout("q_pe", q_pe, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
-    check_kernel_layout("ckv_cache", ckv_cache, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
-    check_kernel_layout("kpe_cache", kpe_cache, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
-    if ckv_cache.shape[0] == 0:
-        raise ValueError("ckv_cache has 0 pages; the ETAP kernel needs at least 1")
 
 
 def check_kernel_layout(

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Times ETAP MLA decode beside FlashInfer fa2 and fa3, FlashMLA and FlashAttention-3 on one GPU.
+"""Times ETAP MLA decode beside FlashInfer fa2 and fa3, FlashMLA and FlashAttention-3 on one GPU,
+and with an fp8 cache beside the fp8 paths of FlashMLA and FlashInfer and beside FlashMLA's bf16.
 
 All kernels run in this process, on the same fresh random inputs, in CUDA graphs of many calls of
 which each reads another cache (together several times the L2), taking turns; the figure is the
@@ -7,7 +8,9 @@ median over the repeats. Every cell is compared with float64, and the bandwidth 
 a plain copy kernel reads on this GPU. The JSON file is rewritten after every cell.
 
     python scripts/bench_decode.py --grid issue2 --plot results/h200/decode.png
+    python scripts/bench_decode.py --grid issue2 issue5
     python scripts/bench_decode.py --batch 1 16 --context 8192 65536 --heads 16 --q-len 1 2
+    python scripts/bench_decode.py --batch 16 --context 65536 --kv-cache same fp8
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from typing import Any
 
 from decode_bench import evidence, grid, report
 
-PEERS = ("etap", *report.BF16_PEERS)
+PEERS = ("etap", *report.BF16_PEERS, *report.FP8_PEERS)
+CUSTOM_OPTIONS = ("heads", "q_len", "page_size", "dtype", "kv_cache")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--q-len", type=int, nargs="+", help="query tokens; causal above 1")
     parser.add_argument("--page-size", type=int, nargs="+")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), nargs="+")
+    parser.add_argument("--kv-cache", choices=tuple(grid.CACHE_TOKEN_BYTES), nargs="+")
     parser.add_argument("--peers", choices=PEERS, nargs="+", default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=15, help="graph replays, default 15")
     parser.add_argument("--time-budget", type=float, help="stop cleanly after so many seconds")
@@ -47,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     custom = {
         name: getattr(options, name)
-        for name in ("heads", "q_len", "page_size", "dtype")
+        for name in CUSTOM_OPTIONS
         if getattr(options, name) is not None
     }
     if bool(options.batch) != bool(options.context):
@@ -102,6 +107,8 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
     inputs = pool.inputs(cell, seed)
     captured, left_out = {}, []
     for peer in peers:
+        if cell.kv_cache not in peer.kv_caches:
+            continue
         reason = peer.refuses(cell)
         if reason is None:
             try:
@@ -133,7 +140,7 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
         "q_len": cell.q_len,
         "page_size": cell.page_size,
         "dtype": cell.dtype,
-        "kv_dtype": cell.dtype,
+        "kv_dtype": cell.kv_dtype,
         "us": round(times["etap"], 3),
         "gbps": round(inputs.bytes_read / times["etap"] / 1e3, 1),
         "rmse": errors["etap"],
@@ -157,7 +164,7 @@ def print_host_cost(pool: Any, peers: list, seed: int) -> None:
 
     inputs = pool.inputs(grid.Cell(16, 1024), seed, calls=1)
     for peer in peers:
-        if isinstance(peer, WrapperPeer):
+        if isinstance(peer, WrapperPeer) and inputs.cell.kv_cache in peer.kv_caches:
             run = peer.prepare(inputs)
             run_cost = timing.host_microseconds(lambda run=run: run(0))
             plan_cost = timing.host_microseconds(lambda peer=peer: peer.plan(inputs))
@@ -180,13 +187,13 @@ def run(options: argparse.Namespace) -> int:
     csrc_hash = evidence.check_sources_match()
     path = options.out or evidence.default_directory() / "decode.json"
     left_out: list[str] = []
-    dtypes = sorted({cell.dtype for cell in options.cells})
-    peer_makers.build_modules(options.peers, dtypes, left_out.append)
+    peer_makers.build_modules(options.peers, options.cells, left_out.append)
     peers = peer_makers.make_peers(options.peers, left_out.append)
     for line in left_out:
         print(f"left out: {line}", flush=True)
     sets = [cell_inputs.set_bytes(cell, options.seed) for cell in options.cells]
-    largest = max(size * cell_inputs.calls_of(size) for size in sets)
+    calls = [cell_inputs.calls_of(cell, options.seed) for cell in options.cells]
+    largest = max(size * count for size, count in zip(sets, calls, strict=True))
     pool = cell_inputs.Pool(max(largest, 2 * timing.CEILING_BYTES), options.seed)
     elements = pool.elements(options.cells[0].dtype)
     print(f"seed {options.seed}, ready after {time.monotonic() - started:.0f} s", flush=True)
@@ -245,7 +252,8 @@ def print_results(cases: list[dict[str, Any]], ceiling: float, left_out: list[st
     verdicts = report.Verdicts(cases, ceiling)
     print(f"read ceiling: {ceiling:.0f} GB/s")
     print("\n".join(["bars of the first version:", *verdicts.issue2()]))
-    print("\n".join(["bars of the tuned version:", *verdicts.issue4()]), flush=True)
+    print("\n".join(["bars of the tuned version:", *verdicts.issue4()]))
+    print("\n".join(["bars of the fp8 cache:", *verdicts.issue5()]), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Fails on register spills, on WGMMAs that ptxas serialised, on local memory in the SASS, and on WGMMA
 shapes other than the row tile's own: 64 x row_tile for S^T = K Q^T and 64 x min(2 row_tile, 64)
-for O^T = V^T P^T, where P's high and low parts lie side by side. The SASS is read with nvdisasm
+for O^T = V^T P^T, where P's high and low parts lie side by side. With an fp8 cache P has one part,
+and the operands are fp16 or bf16, to which e4m3 converts exactly. The SASS is read with nvdisasm
 (of the CUDA toolkit, or ``pip install nvidia-cuda-nvdisasm``); without it that part is left out,
 and the output says so.
 """
@@ -29,7 +30,7 @@ _KERNEL_NAME = re.compile(r"etap_mla_(?:[a-z]+_)?kernel")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 _SERIALIZED = re.compile(r"C75\d\d|wgmma\.mma_async instructions are serialized", re.IGNORECASE)
-_WGMMA = re.compile(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\S*")
+_WGMMA = re.compile(r"\b[HQ]GMMA\.(\d+)x(\d+)x(\d+)\S*")  # Q: of 8-bit types
 _LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b\S*")
 
 
@@ -55,9 +56,11 @@ class VariantReport:
     problems: list[str] = field(default_factory=list)
 
 
-def expected_wgmma_shapes(row_tile: int) -> set[tuple[int, int, int]]:
-    """WGMMA shapes (M, N, K) of a row tile: K Q^T, and V^T times P's high and low parts."""
-    return {(64, row_tile, 16), (64, min(2 * row_tile, 64), 16)}
+def expected_wgmma_shapes(variant: EtapMlaVariant) -> set[tuple[int, int, int]]:
+    """WGMMA shapes (M, N, K): K Q^T, and V^T times P, in two parts unless the cache is of fp8."""
+    row_tile = variant.row_tile
+    parts = 2 if variant.kv_cache == "same" else 1
+    return {(64, row_tile, 16), (64, min(parts * row_tile, 64), 16)}
 
 
 def parse_ptxas(output: str) -> list[KernelUsage]:
@@ -103,15 +106,22 @@ def sass_problems(sass: str, variant: EtapMlaVariant) -> list[str]:
         problems.append(
             f"local memory: {len(local)} instructions ({', '.join(sorted(set(local)))})"
         )
-    found, expected = sass_wgmma_shapes(sass), expected_wgmma_shapes(variant.row_tile)
+    found, expected = sass_wgmma_shapes(sass), expected_wgmma_shapes(variant)
     if found != expected:
         problems.append(f"WGMMA shapes {_shapes(found)}, expected {_shapes(expected)}")
-    is_bf16 = variant.short_name.startswith("bf16")
-    wrong = {m[0] for m in _WGMMA.finditer(sass) if ("BF16" in m[0]) != is_bf16}
-    wrong |= {m[0] for m in _WGMMA.finditer(sass) if ".F32" not in m[0]}
-    if wrong:
+    instructions = {m[0] for m in _WGMMA.finditer(sass)}
+    if wrong := {each for each in instructions if not _has_expected_types(each, variant)}:
         problems.append(f"WGMMA of other types than {variant.dtype}: {', '.join(sorted(wrong))}")
     return problems
+
+
+def _has_expected_types(instruction: str, variant: EtapMlaVariant) -> bool:
+    """Whether a WGMMA accumulates in fp32 and its operands are the variant's."""
+    if ".F32" not in instruction or instruction.startswith("QGMMA"):
+        return False
+    if variant.kv_cache != "same":
+        return True
+    return ("BF16" in instruction) == variant.short_name.startswith("bf16")
 
 
 def _shapes(shapes: set[tuple[int, int, int]]) -> str:

@@ -45,7 +45,7 @@ def on_gpu(cell: grid.Cell, seed: int) -> bool:
     import flashinfer.mla
     from decode_bench import timing
 
-    calls = inputs.calls_of(inputs.set_bytes(cell, seed))
+    calls = inputs.calls_of(cell, seed)
     pool = inputs.Pool(inputs.set_bytes(cell, seed) * calls, seed)
     given = pool.inputs(cell, seed)
     both = [

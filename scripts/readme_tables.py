@@ -5,8 +5,8 @@
     python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
-batch-context, shapes, validation, sglang, reliability. The last two say so while nothing was
-measured.
+batch-context, shapes, fp8, validation, sglang, reliability, l2-tiles, h20-emulation. The last four
+say so while nothing was measured.
 Evidence is stale when it was measured with other kernel sources than those under csrc/.
 """
 
@@ -20,7 +20,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from decode_bench import evidence, report
+import roofline
+from decode_bench import emulation_report, evidence, report
 from decode_bench.report import Case
 from sglang_eval import evidence as sglang_evidence
 
@@ -86,29 +87,71 @@ def shapes_table(found: Found) -> str:
     """Every other shape: heads, query lengths, page sizes, fp16, varied lengths."""
     decode = found["decode"]
     cases = [case for case in decode["cases"] if not report.is_plain(case)]
+    return _shapes([case for case in cases if not report.is_fp8(case)], decode)
+
+
+def fp8_table(found: Found) -> str:
+    """Every shape with an fp8 cache."""
+    decode = found["decode"]
+    cases = [case for case in decode["cases"] if report.is_fp8(case)]
+    if not cases:
+        raise ValueError("table fp8 needs decode.json with cases of kv_dtype fp8_e4m3")
+    return _shapes(cases, decode)
+
+
+def _shapes(cases: Sequence[Case], decode: dict[str, Any]) -> str:
     peers, ceiling = _peers(cases), decode["read_ceiling_gbps"]
     rows = []
     for case in cases:
         lengths = f"{case['lengths']} " if "lengths" in case else ""
         shape = f"{case['batch']} x {lengths}{report.tokens(case['context'])}"
-        fields = [str(case[key]) for key in ("heads", "q_len", "page_size", "dtype")]
-        rows.append([shape, *fields, *_times(case, peers, ceiling)])
+        fields = [str(case[key]) for key in ("heads", "q_len", "page_size")]
+        rows.append([shape, *fields, report.types(case), *_times(case, peers, ceiling)])
     head = ["batch x context", "heads", "queries", "page", "dtype", *_time_head(peers)]
     return markdown(head, rows) + provenance(decode)
+
+
+def l2_tiles_table(found: Found) -> str:
+    """Cycles of a 64-token tile with the data in L2."""
+    measured = found.get("l2_tiles")
+    if measured is None:
+        return "Not measured yet.\n"
+    rows = roofline.l2_rows(roofline.PRESETS["h200"], measured)
+    return markdown(roofline.L2_HEAD, rows) + provenance(measured)
+
+
+def h20_emulation_table(found: Found) -> str:
+    """The H20 emulation at 16 heads, and what it says of the paper."""
+    emulated = found.get("h20_emulation")
+    if emulated is None:
+        return "Not measured yet.\n"
+    cases = [case for case in emulated["cases"] if case["heads"] == 16]
+    cases.sort(key=lambda case: (case["batch"], case["context"]))
+    costs = ", ".join(
+        f"{row['emulated']:.0f} ({row['h20']:.0f}) at N = {row['columns']}"
+        for row in emulated["wgmma_cycles"]
+    )
+    lines = [
+        f"**{emulation_report.EMULATION}**\n\n",
+        markdown(emulation_report.HEAD, [emulation_report.table_row(case) for case in cases]),
+        "\n",
+        *(f"{line}\n" for line in emulation_report.verdicts(emulated["cases"])),
+        f"Cycles of a WGMMA, emulated (H20): {costs}.\n",
+    ]
+    return "".join(lines) + provenance(emulated)
 
 
 def validation_table(found: Found) -> str:
     """Numbers of tests, sanitizer outcomes and the worst accuracy."""
     validation = found["validation"]
-    ratios = [c["rmse"] / c["rmse_rounding"] for c in validation["cases"] if c["rmse_rounding"]]
     counts = validation["tests"]
     rows = [
         ["GPU tests", f"{counts['passed']} passed, {counts['failed']} failed"],
         *([f"compute-sanitizer {tool}", text] for tool, text in validation["sanitizer"].items()),
     ]
-    if ratios:
-        text = f"at most {max(ratios):.3f} over {len(ratios)} cases"
-        rows.append(["RMSE against float64 over that of rounding alone", text])
+    for kind, (worst, count) in report.worst_ratios(validation["cases"]).items():
+        name = f"RMSE against float64 over that of rounding alone, {kind} cache"
+        rows.append([name, f"at most {worst:.3f} over {count} cases"])
     return markdown(["check", "outcome"], rows) + provenance(validation)
 
 
@@ -161,12 +204,19 @@ def _step(figures: dict[str, Any] | None) -> str:
     return f"{figures['step_ms']:.2f} ({share:.0f} %)"
 
 
+EVIDENCE = (
+    *("decode", "validation", "sglang", "fuzz", "plan_check"),
+    *("l2_tiles", "h20_emulation"),
+)
 TABLES = {
     "batch-context": ("decode", batch_context_table),
     "shapes": ("decode", shapes_table),
+    "fp8": ("decode", fp8_table),
     "validation": ("validation", validation_table),
     "sglang": (None, sglang_table),
     "reliability": (None, reliability_table),
+    "l2-tiles": (None, l2_tiles_table),
+    "h20-emulation": (None, h20_emulation_table),
 }
 
 
@@ -175,7 +225,7 @@ def load_evidence(directory: pathlib.Path) -> Found:
     return {
         path.stem: json.loads(path.read_text())
         for path in sorted(directory.glob("*.json"))
-        if path.stem in ("decode", "validation", "sglang", "fuzz", "plan_check")
+        if path.stem in EVIDENCE
     }
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What ETAP, and a kernel that pads its rows to 64, can reach at best on a Hopper GPU.
 
-Computed, not run: needs no GPU. A bound is the larger of two times and leaves out what every kernel
-pays besides: launch, schedule, softmax, merge, uneven splits, copies into shared memory. What those
-cost is in scripts/TUNING.md.
+Computed, not run: needs no GPU, except for --measure. A bound is the larger of two times and leaves
+out what every kernel pays besides: launch, schedule, softmax, merge, uneven splits, copies into
+shared memory. What those cost is in scripts/TUNING.md.
 
 - Memory: 576 numbers a cached token, read once (1152 bytes in bf16, 576 in fp8 e4m3), at the GPU's
   bandwidth. Queries and outputs are left out.
@@ -21,10 +21,11 @@ e4m3, and the transposition of V that a padded kernel needs for it is left out.
 
 SMs, rates and bandwidths are data-sheet figures. The clock is 1.98 GHz, which an H200 reaches, for
 the others too. A GPU without results/<gpu>/decode.json is a PROJECTION, the H20 above all: nothing
-here was run on one. Cycles per 64-token tile with the data in L2 are not measured yet; the tensor
-side rests on WGMMAs timed by themselves.
+here was run on one. --measure, on a Hopper GPU, times whole calls with the cache in L2, which says
+what a 64-token tile takes when memory has no part in it, and writes results/<gpu>/l2_tiles.json.
 
     python scripts/roofline.py
+    python scripts/roofline.py --measure
     python scripts/roofline.py --gpu h20 --clock-ghz 1.853 --rows 16 --plot roofline.png
 """
 
@@ -101,6 +102,13 @@ class Gpu:
         return path if self == PRESETS.get(self.name) and path.exists() else None
 
     @property
+    def l2_tiles(self) -> dict[str, Any] | None:
+        """What --measure wrote on this GPU; None when it did not, or a figure was overridden."""
+        path = REPOSITORY / "results" / self.name / "l2_tiles.json"
+        is_preset = self == PRESETS.get(self.name)
+        return json.loads(path.read_text()) if is_preset and path.exists() else None
+
+    @property
     def label(self) -> str:
         """Name, and whether its bounds are held against anything measured."""
         return self.name if self.evidence else f"{self.name} (PROJECTION)"
@@ -164,11 +172,16 @@ def tile_cycles(gpu: Gpu, kernel: str, rows: int, cache: str) -> float:
         raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
     # 36 + 32 of k16, for every 64 tokens and row tile, however M and N share them.
     instructions = (TOKEN_WIDTH + HEAD_DIM_CKV) // 16 * CACHE_BYTES[cache] // 2
-    slowdown = FULL_RATE / gpu.tensor_rate
     if kernel == "padded":
-        return -(-rows // PADDED_ROWS) * instructions * PADDED_ROWS / 2 * slowdown
+        full = PADDED_ROWS / 2 * FULL_RATE / gpu.tensor_rate
+        return -(-rows // PADDED_ROWS) * instructions * full
     step = next((step for step in ETAP_ROW_STEPS if rows <= step), ETAP_ROW_STEPS[-1])
-    return -(-rows // step) * instructions * max(step / 2 * slowdown, 16 + step / 4)
+    return -(-rows // step) * instructions * instruction_cycles(gpu, step)
+
+
+def instruction_cycles(gpu: Gpu, columns: int) -> float:
+    """Cycles of a WGMMA with N = ``columns`` and A in shared memory."""
+    return max(columns / 2 * FULL_RATE / gpu.tensor_rate, 16 + columns / 4)
 
 
 def bound(gpu: Gpu, kernel: str, rows: int, cache: str, batch: int, context: int) -> Bound:
@@ -274,6 +287,33 @@ def checks_text(gpu: Gpu, evidence: dict[str, Any]) -> str:
     )
 
 
+L2_HEAD = ("cache", "rows", "cycles from L2", "tensor cores", "from memory")
+
+
+def l2_rows(gpu: Gpu, measured: dict[str, Any]) -> list[list[str]]:
+    """Cells under ``L2_HEAD``: cycles of a tile and SM, from L2 measured, the other two bounds."""
+    rows = []
+    for case in measured["cases"]:
+        heads, cache = case["heads"], case["kv_dtype"]
+        tile_bytes = TILE_TOKENS * TOKEN_WIDTH * CACHE_BYTES[cache]
+        memory = tile_bytes * gpu.sms * gpu.clock_ghz / gpu.bandwidth_tbps / 1e3
+        bounds = (tile_cycles(gpu, "etap", heads, cache), memory)
+        rows.append([cache, str(heads), *(f"{c:.0f}" for c in (case["tile_cycles"], *bounds))])
+    return rows
+
+
+def l2_text(gpu: Gpu) -> str:
+    """Measured cycles per 64-token tile, or that there are none."""
+    measured = gpu.l2_tiles
+    if measured is None:
+        return f"{gpu.name}: cycles per 64-token tile with the data in L2 are not measured."
+    return (
+        f"{gpu.name}: cycles of an SM per 64 tokens and all rows, measured with the data in L2, "
+        f"beside\nthe least that tensor cores and memory allow\n"
+        f"{format_table([L2_HEAD, *l2_rows(gpu, measured)])}"
+    )
+
+
 def paper_text(h20: Gpu) -> str:
     """The paper's measured table beside the projected bounds, at two clocks."""
     at_datasheet = dataclasses.replace(
@@ -355,6 +395,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--context", type=int, default=64 * 1024, help="tokens of each request")
     parser.add_argument("--plot", type=pathlib.Path, help="write a PNG; needs matplotlib")
+    parser.add_argument(
+        "--measure", action="store_true", help="cycles from L2, on this GPU; no more"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="--measure: directory, not results/<gpu>")
     options = parser.parse_args(arguments)
     names = ("sms", "clock_ghz", "tensor_rate", "bandwidth_tbps")
     changes = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
@@ -370,8 +414,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print everything; the exit status is 1 when a measured time beats its bound."""
+    """Print or measure; the exit status is 1 when a measured time beats its bound."""
     options = parse_arguments(arguments)
+    if options.measure:
+        from decode_bench import l2_tiles
+
+        l2_tiles.measure_all(options.out)
+        return 0
     beaten = False
     for gpu in options.gpus:
         print(gpu.describe())
@@ -381,9 +430,9 @@ def main(arguments: list[str] | None = None) -> int:
             evidence = json.loads(gpu.evidence.read_text())
             print(checks_text(gpu, evidence), end="\n\n")
             beaten |= any(one.share > 1 for one in checks(gpu, evidence))
+            print(l2_text(gpu), end="\n\n")
         if gpu.name == "h20":
             print(paper_text(gpu), end="\n\n")
-    print("Cycles per 64-token tile with the data in L2 are not measured yet.")
     if options.plot:
         plot(options.gpus, options.plot)
         print(f"written: {options.plot}")

@@ -18,14 +18,17 @@ import sys
 
 import torch
 
+from etap_flashinfer import quantization
+
 SM_SCALE = 192**-0.5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+RMSE_BOUNDS = {"same": 1.15, "fp8": 1.5}  # times that of rounding
 WORKSPACE_BYTES = 128 * 1024 * 1024
 
 
 def small_case(
-    seed: int, heads: int, page_size: int, dtype: torch.dtype
-) -> tuple[tuple, tuple, torch.Tensor]:
+    seed: int, heads: int, page_size: int, dtype: torch.dtype, kv_cache: str = "same"
+) -> tuple[dict, dict, torch.Tensor]:
     """Arguments of plan() and run() on the CPU, and the exact output in float64."""
     generator = torch.Generator().manual_seed(seed)
     q_lens, kv_lens = [1, 2, 1], [130, 65, 0]
@@ -33,41 +36,66 @@ def small_case(
     cache = torch.full((sum(pages), page_size, 576), torch.nan, dtype=dtype)
     kv_indices = torch.randperm(sum(pages), generator=generator).int()
     queries = torch.randn(sum(q_lens), heads, 576, generator=generator).to(dtype)
-    expected = torch.zeros(sum(q_lens), heads, 512, dtype=torch.float64)
     qo_indptr, kv_indptr = (torch.tensor([0, *n]).cumsum(0).int() for n in (q_lens, pages))
+    rows = []
     for request, length in enumerate(kv_lens):
-        tokens = torch.randn(length, 576, generator=generator).to(dtype)
         own = kv_indices[kv_indptr[request] : kv_indptr[request + 1]].long()
-        rows = (own[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
-        cache.view(-1, 576)[rows] = tokens
+        rows.append((own[:, None] * page_size + torch.arange(page_size)).flatten()[:length])
+        cache.view(-1, 576)[rows[-1]] = torch.randn(length, 576, generator=generator).to(dtype)
+    run, values = cache_arguments(cache, kv_cache)
+    expected = torch.zeros(sum(q_lens), heads, 512, dtype=torch.float64)
+    for request, length in enumerate(kv_lens):
+        tokens = values.view(-1, 576)[rows[request]]
         for query in range(q_lens[request] if length else 0):
-            visible = tokens[: length - q_lens[request] + 1 + query].double()
+            visible = tokens[: length - q_lens[request] + 1 + query]
             row = int(qo_indptr[request]) + query
             scores = queries[row].double() @ visible.T * SM_SCALE
             expected[row] = scores.softmax(-1) @ visible[:, :512]
-    lengths = torch.tensor(kv_lens, dtype=torch.int32)
-    indices = (qo_indptr, kv_indptr, kv_indices, lengths)
-    plan = (*indices, heads, 512, 64, page_size, True, SM_SCALE, dtype, dtype)
-    run = (queries[..., :512], queries[..., 512:], cache[..., :512], cache[..., 512:])
-    return plan, run, expected
+    plan = {
+        "qo_indptr": qo_indptr,
+        "kv_indptr": kv_indptr,
+        "kv_indices": kv_indices,
+        "kv_len_arr": torch.tensor(kv_lens, dtype=torch.int32),
+        "num_heads": heads,
+        "head_dim_ckv": 512,
+        "head_dim_kpe": 64,
+        "page_size": page_size,
+        "causal": True,
+        "sm_scale": SM_SCALE,
+        "q_data_type": dtype,
+        "kv_data_type": dtype if kv_cache == "same" else quantization.FP8_DTYPE,
+    }
+    return plan, {"query": queries, **run}, expected
 
 
-def run_case(heads: int, page_size: int, dtype: str, seed: int, wrapper: object) -> bool:
+def cache_arguments(cache: torch.Tensor, kv_cache: str) -> tuple[dict, torch.Tensor]:
+    """Arguments of run() for a cache, and its values in float64; NaN stays NaN."""
+    if kv_cache == "same":
+        return {"kv_cache": cache}, cache.double()
+    given = quantization.quantize_fp8_e4m3(cache)
+    scales = {"ckv_scale": given.ckv_scale, "kpe_scale": given.kpe_scale}
+    values = quantization.dequantize_fp8_e4m3(given.cache, **scales, dtype=torch.float64)
+    return {"kv_cache": given.cache, **scales}, values
+
+
+def run_case(
+    heads: int, page_size: int, dtype: str, kv_cache: str, seed: int, wrapper: object
+) -> bool:
     """One launch on the GPU; True if it agrees with float64."""
-    plan, run, expected = small_case(seed, heads, page_size, DTYPES[dtype])
-    fused = [
-        torch.cat(pair, -1).cuda() for pair in (run[:2], run[2:])
-    ]  # views of one tensor, as SGLang has them
-    on_gpu = [view for tensor in fused for view in (tensor[..., :512], tensor[..., 512:])]
-    wrapper.plan(*(value.cuda() if isinstance(value, torch.Tensor) else value for value in plan))
-    out, lse = wrapper.run(*on_gpu, return_lse=True)
+    plan, run, expected = small_case(seed, heads, page_size, DTYPES[dtype], kv_cache)
+    plan, run = (
+        {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+        for arguments in (plan, run)
+    )
+    wrapper.plan(**plan)
+    out, lse = wrapper.run(**run, return_lse=True)
     out, lse = out.cpu().double(), lse.cpu()
     rounding = (expected.to(DTYPES[dtype]).double() - expected).square().mean().sqrt()
     error = (out - expected).square().mean().sqrt()
-    right = bool(error <= 1.15 * rounding) and bool(torch.isneginf(lse[-1]).all())
+    right = bool(error <= RMSE_BOUNDS[kv_cache] * rounding) and bool(torch.isneginf(lse[-1]).all())
     print(
-        f"{heads} heads, page {page_size}, {dtype}: rmse {error:.3e}, rounding {rounding:.3e}, "
-        f"{'right' if right else 'WRONG'}",
+        f"{heads} heads, page {page_size}, {dtype}, {kv_cache} cache: rmse {error:.3e}, rounding "
+        f"{rounding:.3e}, {'right' if right else 'WRONG'}",
         flush=True,
     )
     return right
@@ -78,7 +106,7 @@ def missing_variants(wrapper: object, dtypes: list[str]) -> list[str]:
     from etap_flashinfer import jit
 
     wanted = {
-        (variant.dtype, variant.row_tile, variant.kv_loader): variant.short_name
+        (variant.dtype, variant.row_tile, variant.kv_loader, variant.kv_cache): variant.short_name
         for variant in jit.ALL_VARIANTS
         if variant.dtype in {DTYPES[name] for name in dtypes}
     }
@@ -86,11 +114,14 @@ def missing_variants(wrapper: object, dtypes: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """All row tiles and both loaders, in both types unless --dtype names one."""
+    """All row tiles, loaders and caches, in both types unless --dtype names one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), nargs="+", default=sorted(DTYPES))
+    parser.add_argument(
+        "--kv-cache", choices=list(RMSE_BOUNDS), nargs="+", default=list(RMSE_BOUNDS)
+    )
     parser.add_argument("--heads", type=int, nargs="+", default=[4, 8, 16, 32, 72])
     parser.add_argument("--page-size", type=int, nargs="+", default=[1, 48, 64])
     parser.add_argument("--seed", type=int, default=1)
@@ -99,7 +130,7 @@ def main() -> int:
 
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
     wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace, backend="etap")
-    cells = itertools.product(options.heads, options.page_size, options.dtype)
+    cells = itertools.product(options.heads, options.page_size, options.dtype, options.kv_cache)
     results = [run_case(*cell, options.seed + index, wrapper) for index, cell in enumerate(cells)]
     torch.cuda.synchronize()
     missing = missing_variants(wrapper, options.dtype)

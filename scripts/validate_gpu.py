@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from decode_bench import evidence
+from decode_bench import evidence, report
 
 # racecheck is slow: each variant runs once.
 SANITIZER_TOOLS = {
@@ -203,10 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
         for tool, outcome in run_sanitizers(tools, child, timeout):
             result["sanitizer"][tool] = outcome
             evidence.write(path, result)
-    ratios = [case["rmse"] / case["rmse_rounding"] for case in cases if case["rmse_rounding"]]
     print(f"tests: {counts}")
-    if ratios:
-        print(f"rmse over rounding alone: at most {max(ratios):.3f} over {len(ratios)} cases")
+    for kind, (worst, count) in report.worst_ratios(cases).items():
+        print(f"rmse over rounding alone, {kind} cache: at most {worst:.3f} over {count} cases")
     for tool, outcome in result["sanitizer"].items():
         print(f"{'' if outcome == 'clean' else '!!! '}{tool}: {outcome}")
     print(f"written: {path}")

@@ -297,6 +297,8 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
                 query_len > 1,
                 layer.scaling,
                 False,
+                1.0,
+                1.0,
             )
         return out.view(-1, layer.tp_q_head_num * columns)
 

@@ -21,6 +21,7 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     row_tile: int
     kv_loader: str
+    kv_cache: str = "same"
 
 
 class FakeKernel:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import check_ptxas
 import pytest
+import torch
 
 from etap_flashinfer import jit
 
@@ -46,7 +47,7 @@ def test_variant_has_no_spills_and_the_expected_wgmma_shapes(variant, reports):
     assert not report.problems
     assert report.kernels
     assert all(kernel.registers > 0 for kernel in report.kernels)
-    assert report.wgmma_shapes == check_ptxas.expected_wgmma_shapes(variant.row_tile)
+    assert report.wgmma_shapes == check_ptxas.expected_wgmma_shapes(variant)
 
 
 @pytest.mark.compile
@@ -142,22 +143,48 @@ _QK = "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT"
 _PV = "HGMMA.64x32x16.F32.BF16 R32, gdesc[UR8].tnspA, R32, gsb0"
 
 
-def bf16_n16():
-    return next(v for v in jit.ALL_VARIANTS if v.short_name == "bf16_n16_tma")
+def bf16_n16(kv_cache="same"):
+    return jit.EtapMlaVariant(torch.bfloat16, 16, "tma", kv_cache)
 
 
 def test_expected_shapes():
-    widths = {n: sorted(s[1] for s in check_ptxas.expected_wgmma_shapes(n)) for n in jit.ROW_TILES}
-    assert widths == {8: [8, 16], 16: [16, 32], 32: [32, 64], 64: [64]}
+    variants = [jit.EtapMlaVariant(torch.bfloat16, n, "tma") for n in jit.ROW_TILES]
+    widths = [sorted(s[1] for s in check_ptxas.expected_wgmma_shapes(v)) for v in variants]
+    assert widths == [[8, 16], [16, 32], [32, 64], [64]]
+    assert check_ptxas.expected_wgmma_shapes(bf16_n16("fp8")) == {(64, 16, 16)}
 
 
 def test_sass_as_expected_is_no_problem():
     assert check_ptxas.sass_problems(sass(_QK, _PV, "LDG.E R0, [R2.64]"), bf16_n16()) == []
 
 
+_FP16 = _QK.replace(".BF16", "")
+_FP8 = "QGMMA.64x16x32.F32.E4M3.E4M3 R24, R4, gdesc[UR4], R24"
+
+
+@pytest.mark.parametrize("instructions", [[_QK], [_FP16], [_QK, _FP16]])
+def test_either_type_serves_an_fp8_cache(instructions):
+    assert check_ptxas.sass_problems(sass(*instructions), bf16_n16("fp8")) == []
+
+
 @pytest.mark.parametrize(
     ("instructions", "problem"),
     [
+        ([], "WGMMA shapes none"),
+        ([_QK, _PV], "WGMMA shapes 64x16x16 64x32x16, expected 64x16x16"),
+        ([_FP16.replace("F32", "F16")], "WGMMA of other types"),
+        ([_FP8.replace("x32.F32", "x16.F32")], "WGMMA of other types"),
+    ],
+)
+def test_sass_problems_with_an_fp8_cache(instructions, problem):
+    (found,) = check_ptxas.sass_problems(sass(*instructions), bf16_n16("fp8"))
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("instructions", "problem"),
+    [
+        ([_QK, _PV, _FP8.replace("x32.F32", "x16.F32")], "WGMMA of other types"),
         ([_QK], "WGMMA shapes 64x16x16, expected 64x16x16 64x32x16"),
         ([], "WGMMA shapes none"),
         ([_QK, _PV, "HGMMA.64x64x16.F32.BF16 R0, gdesc[UR4], R0"], "64x64x16, expected"),

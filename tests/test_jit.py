@@ -79,20 +79,41 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 # --- variants and names ---------------------------------------------------------------------------
 
 
-def test_all_variants_are_the_sixteen():
-    assert len(set(jit.ALL_VARIANTS)) == len({v.name for v in jit.ALL_VARIANTS}) == 16
+def test_all_variants_are_the_32():
+    assert len(set(jit.ALL_VARIANTS)) == len({v.name for v in jit.ALL_VARIANTS}) == 32
+    caches = [v.kv_cache for v in jit.ALL_VARIANTS]
+    assert [caches.count(each) for each in ("same", "fp8")] == [16, 16]
     assert {v.row_tile for v in jit.ALL_VARIANTS} == {8, 16, 32, 64}
     assert {v.dtype for v in jit.ALL_VARIANTS} == {torch.bfloat16, torch.float16}
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [(torch.float32, 16, "tma"), (torch.bfloat16, 24, "tma"), (torch.bfloat16, 16, "cp_async")],
+    [
+        (torch.float32, 16, "tma"),
+        (torch.bfloat16, 24, "tma"),
+        (torch.bfloat16, 16, "cp_async"),
+        (torch.bfloat16, 16, "tma", "fp8_e5m2"),
+    ],
 )
 def test_variant_names_what_is_allowed(arguments):
     with pytest.raises(ValueError, match="allowed: ") as error:
         jit.EtapMlaVariant(*arguments)
     assert any(repr(argument) in str(error.value) for argument in arguments)
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "short_name", "rendered"),
+    [
+        ("same", "bf16_n16_tma", "kSame"),
+        ("fp8", "bf16_fp8_n16_tma", "kFp8"),
+    ],
+)
+def test_names_of_the_caches(kv_cache, short_name, rendered):
+    variant = jit.EtapMlaVariant(torch.bfloat16, 16, "tma", kv_cache)
+    assert variant.short_name == short_name
+    assert variant.name.startswith(f"etap_mla_{short_name}_")
+    assert jit._render_config("KvCache::{{ kv_cache }}", variant) == f"KvCache::{rendered}"
 
 
 def test_hash_is_the_documented_one(csrc):

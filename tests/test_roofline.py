@@ -9,6 +9,8 @@ import re
 
 import pytest
 import roofline
+import torch
+from decode_bench import grid, inputs, l2_tiles
 from decode_bench.evidence import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
@@ -156,12 +158,49 @@ def test_what_is_printed(capsys):
     text = capsys.readouterr().out
     assert "h20 (PROJECTION): 78 SMs" in text
     assert "h200: 132 SMs" in text
-    assert "data in L2 are not measured yet" in text
     ratio = re.search(r"ETAP / FlashMLA +(\S+) +(\S+) +(\S+)", text)
     assert ratio is not None
     assert ratio.groups() == ("2.78", "3.06", "3.27")
     for name, tflops in (("ETAP", 89), ("FlashMLA", 32), ("FlashInfer", 18), ("FA3", 17)):
         assert re.search(rf"^ *{name} +{tflops} +at most", text, re.MULTILINE)
+
+
+def l2_evidence(**changes) -> dict:
+    case = {"heads": 16, "kv_dtype": "bf16", "tile_cycles": 1810.4} | changes
+    return {"cases": [case]}
+
+
+def test_cycles_from_l2_are_shown_beside_the_bounds(monkeypatch, tmp_path):
+    monkeypatch.setattr(roofline, "REPOSITORY", tmp_path)
+    assert "with the data in L2 are not measured" in roofline.l2_text(H200)
+    directory = tmp_path / "results" / "h200"
+    directory.mkdir(parents=True)
+    (directory / "l2_tiles.json").write_text(json.dumps(l2_evidence()))
+    assert re.search(r"bf16 +16 +1810 +1360 +4014$", roofline.l2_text(H200))
+    assert "are not measured" in roofline.l2_text(H20)
+    assert "are not measured" in roofline.l2_text(dataclasses.replace(H200, sms=66))
+
+
+def test_cycles_from_l2_by_hand():
+    # 8,192 tiles over 132 SMs in 62.06 us more: 62.06 tiles on each, so 1 us a tile.
+    tiles = l2_tiles.BATCH * (l2_tiles.LONG - l2_tiles.SHORT) / 64 / 132
+    assert l2_tiles.tile_cycles(10.0, 10.0 + tiles, 1.98, 132) == pytest.approx(1980)
+
+
+def test_inputs_in_l2(monkeypatch):
+    monkeypatch.setattr(l2_tiles, "PAGES", 4)
+    pool = inputs.Pool(4 * 64 * 1152, seed=1, device="cpu")
+    cell = grid.Cell(3, 640, heads=8)
+    found = l2_tiles.inputs_in_l2(cell, pool, seed=1)
+    assert found.caches[0].shape == (4, 64, 576)
+    assert found.kv_indices.numel() == 3 * 10 == found.block_table.numel()
+    assert set(found.kv_indices.tolist()) <= {0, 1, 2, 3}
+    assert found.kv_indptr.tolist() == [0, 10, 20, 30]
+    assert found.bytes_read == 3 * 640 * 1152
+    exact = inputs.exact_output(found, 2)
+    tokens = found.caches[0][found.kv_indices[20:].long()].flatten(0, 1).double()
+    scores = found.queries[0, 2].double() @ tokens.T * 192**-0.5
+    assert torch.allclose(exact[0], scores.softmax(-1) @ tokens[:, :512])
 
 
 def test_readme_has_the_printed_ratios():

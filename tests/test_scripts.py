@@ -141,12 +141,14 @@ def test_bad_arguments_are_refused(arguments, capsys):
 # Inputs
 
 
-@pytest.mark.parametrize("cell", grid.preset("issue4"), ids=grid.Cell.label)
+@pytest.mark.parametrize(
+    "cell", [*grid.preset("issue4"), *grid.preset("issue5")], ids=grid.Cell.label
+)
 def test_rotation_exceeds_the_l2(cell):
     """All calls of a graph together read more than four times 50 MB."""
     size = inputs.set_bytes(cell, 1)
-    calls = inputs.calls_of(size)
-    assert calls * size >= 4 * 50 * 10**6
+    calls = inputs.calls_of(cell, 1)
+    assert calls * size // grid.TOKEN_BYTES * cell.token_bytes >= 4 * 50 * 10**6
     assert calls * size <= max(inputs.POOL_BYTES, size)
 
 
@@ -183,16 +185,22 @@ def test_reference_requests_take_the_longest_and_stay_cheap():
     assert inputs.reference_requests([10**6, 10**6])[0] == 0
 
 
-def test_sanitizer_case_is_a_right_reference():
-    plan, run, expected = sanitize_cases.small_case(3, 4, 48, torch.float16)
-    qo_indptr, kv_indptr, kv_indices, lengths = plan[:4]
-    assert qo_indptr.tolist() == [0, 1, 3, 4]
-    assert int(kv_indptr[-1]) == kv_indices.numel()
-    assert lengths.tolist() == [130, 65, 0]
+@pytest.mark.parametrize("kv_cache", grid.CACHE_TOKEN_BYTES)
+def test_sanitizer_case_is_a_right_reference(kv_cache):
+    plan, run, expected = sanitize_cases.small_case(3, 4, 48, torch.float16, kv_cache)
+    assert plan["qo_indptr"].tolist() == [0, 1, 3, 4]
+    assert int(plan["kv_indptr"][-1]) == plan["kv_indices"].numel()
+    assert plan["kv_len_arr"].tolist() == [130, 65, 0]
     assert torch.isfinite(expected).all()
     assert (expected[3] == 0).all()
-    assert run[2].isnan().any(), "the tails of last pages are poisoned"
     assert expected[0].abs().max() > 0
+    cache = torch.full((1, 48, 576), torch.nan, dtype=torch.float16)
+    poison = sanitize_cases.cache_arguments(cache, kv_cache)[1]
+    assert poison.isnan().all(), "the tails of last pages are poisoned"
+    wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(torch.empty(16))
+    wrapper.plan(**plan)
+    out = wrapper.run(**run)
+    torch.testing.assert_close(out.double(), expected, rtol=2.0**-10, atol=1e-5)
 
 
 def test_plan_times(monkeypatch, capsys):
@@ -482,9 +490,10 @@ def test_sanitizer_cases_reach_every_variant(arguments, monkeypatch, capsys):
         def __init__(self, workspace, backend):
             pass
 
-    def run_case(heads, page_size, dtype, seed, wrapper):
+    def run_case(heads, page_size, dtype, kv_cache, seed, wrapper):
         row_tile = dispatch.choose_row_tile(heads, 2)
-        used[sanitize_cases.DTYPES[dtype], row_tile, dispatch.choose_kv_loader(page_size)] = None
+        kv_loader = dispatch.choose_kv_loader(page_size)
+        used[sanitize_cases.DTYPES[dtype], row_tile, kv_loader, kv_cache] = None
         return True
 
     monkeypatch.setattr("etap_flashinfer.BatchMLAPagedAttentionWrapper", Wrapper)

@@ -30,9 +30,8 @@ def test_kernel_gets_its_arguments_in_order(kernel: FakeKernel) -> None:
     out, lse = wrapper.run(**inputs, return_lse=True, return_lse_base_on_e=True)
     ((variant, arguments),) = kernel.calls
     assert variant == Variant(torch.bfloat16, 16, "tma")
-    workspace, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse, causal, scale, base_e = (
-        arguments
-    )
+    workspace, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse = arguments[:11]
+    scalars = list(arguments[11:])
     assert workspace.dtype == torch.uint8
     assert workspace.shape == (fake_kernel.WORKSPACE_BYTES,)
     for tensor, name in zip((q_nope, q_pe, ckv, kpe), inputs, strict=True):
@@ -48,7 +47,8 @@ def test_kernel_gets_its_arguments_in_order(kernel: FakeKernel) -> None:
     assert out.is_contiguous()
     assert lse.shape == (2, 16)
     assert lse.dtype == torch.float32
-    assert (causal, scale, base_e) == (True, 192**-0.5, True)
+    # causal, sm_scale, lse_base_e, ckv_scale, kpe_scale
+    assert scalars == [True, 192**-0.5, True, 1.0, 1.0]
 
 
 def test_without_lse_the_kernel_gets_none(kernel: FakeKernel) -> None:
@@ -262,7 +262,7 @@ def test_cutlass_runs_without_a_plan() -> None:
 @pytest.mark.parametrize(
     ("changes", "asked_for"),
     [
-        ({"kv_data_type": torch.float8_e4m3fn}, "fa3"),
+        ({"kv_data_type": torch.float8_e4m3fn, "use_profiler": True}, "fa3"),
         ({"num_heads": 129}, "auto"),
         ({"head_dim_ckv": 256}, "auto"),
         ({"q_data_type": torch.float16}, "auto"),

@@ -13,6 +13,8 @@ HEAD_DIM_CKV = 512
 HEAD_DIM_KPE = 64
 TOKEN_WIDTH = HEAD_DIM_CKV + HEAD_DIM_KPE
 TOKEN_BYTES = 2 * TOKEN_WIDTH  # bf16 and fp16 alike
+# Bytes a cached token, by the names of the compiled variants' caches.
+CACHE_TOKEN_BYTES = {"same": TOKEN_BYTES, "fp8": TOKEN_WIDTH}
 LARGEST_CELL_BYTES = 40 * 10**9
 
 LENGTH_DISTRIBUTIONS = ("equal", "uniform", "zipf", "one_long")
@@ -36,11 +38,13 @@ class Cell:
     page_size : int
         Tokens a page.
     dtype : str
-        "bf16" or "fp16", of queries, cache and output.
+        "bf16" or "fp16", of queries and output.
     lengths : str
         "equal": every request has ``context`` tokens. "uniform": from 1 to ``context``. "zipf":
         exponent 1, from 1 to ``context``. "one_long": one request of ``context`` among requests
         of at most 1,024.
+    kv_cache : str
+        "same": elements of ``dtype``. "fp8": e4m3, a plain cast with scales of 1.
     """
 
     batch: int
@@ -50,6 +54,7 @@ class Cell:
     page_size: int = 64
     dtype: str = "bf16"
     lengths: str = "equal"
+    kv_cache: str = "same"
 
     def __post_init__(self) -> None:
         for field in ("batch", "context", "heads", "q_len", "page_size"):
@@ -59,6 +64,10 @@ class Cell:
             raise ValueError(f'dtype must be "bf16" or "fp16", got {self.dtype!r}')
         if self.lengths not in LENGTH_DISTRIBUTIONS:
             raise ValueError(f"lengths must be one of {LENGTH_DISTRIBUTIONS}, got {self.lengths!r}")
+        if self.kv_cache not in CACHE_TOKEN_BYTES:
+            raise ValueError(
+                f"kv_cache must be one of {tuple(CACHE_TOKEN_BYTES)}, got {self.kv_cache!r}"
+            )
         if self.context < self.q_len:
             raise ValueError(f"context {self.context} holds fewer tokens than q_len {self.q_len}")
 
@@ -78,8 +87,18 @@ class Cell:
             drawn[generator.integers(self.batch)] = self.context
         return [max(int(length), self.q_len) for length in drawn]
 
+    @property
+    def kv_dtype(self) -> str:
+        """Of the cache, as the evidence names it: "bf16", "fp16" or "fp8_e4m3"."""
+        return self.dtype if self.kv_cache == "same" else "fp8_e4m3"
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a cached token."""
+        return CACHE_TOKEN_BYTES[self.kv_cache]
+
     def nominal_bytes(self) -> int:
-        """Bytes of cache one call reads when all requests have ``context`` tokens."""
+        """Bytes of a bf16 cache of ``context`` tokens for each request."""
         return self.batch * self.context * TOKEN_BYTES
 
     def label(self) -> str:
@@ -88,6 +107,8 @@ class Cell:
             f"{self.batch} x {self.context}, {self.heads} heads, q {self.q_len}, "
             f"page {self.page_size}, {self.dtype}"
         )
+        if self.kv_cache != "same":
+            text = f"{text}, {self.kv_cache} cache"
         return text if self.lengths == "equal" else f"{text}, {self.lengths} lengths"
 
 
@@ -98,11 +119,14 @@ def product(
     q_lens: Iterable[int] = (1,),
     page_sizes: Iterable[int] = (64,),
     dtypes: Iterable[str] = ("bf16",),
+    kv_caches: Iterable[str] = ("same",),
 ) -> list[Cell]:
     """Every combination, without the cells above ``LARGEST_CELL_BYTES``."""
     cells = [
-        Cell(*values)
-        for values in itertools.product(batches, contexts, heads, q_lens, page_sizes, dtypes)
+        Cell(*values, kv_cache=kv_cache)
+        for *values, kv_cache in itertools.product(
+            batches, contexts, heads, q_lens, page_sizes, dtypes, kv_caches
+        )
     ]
     return [cell for cell in cells if cell.nominal_bytes() <= LARGEST_CELL_BYTES]
 
@@ -141,6 +165,20 @@ def _issue2_grid() -> list[Cell]:
     )
 
 
+def _fp8_grid() -> list[Cell]:
+    """The batches and contexts over which the bar for an fp8 cache takes its mean."""
+    return product((1, 4, 16, 64, 128), (1 * K, 4 * K, 16 * K, 64 * K), kv_caches=("fp8",))
+
+
+def _issue5_grid() -> list[Cell]:
+    return (
+        _fp8_grid()
+        + product((16,), (16 * K, 64 * K), heads=(64, 128), kv_caches=("fp8",))
+        + product((16,), (16 * K,), page_sizes=(1, 16), kv_caches=("fp8",))
+        + product((16,), (64 * K,), dtypes=("fp16",), kv_caches=("fp8",))
+    )
+
+
 PRESETS = {
     "quick": lambda: product((1, 16), (1 * K, 8 * K)) + product((16,), (64 * K,)),
     "issue2": _issue2_grid,
@@ -155,6 +193,8 @@ PRESETS = {
         + product((1, 16), (8 * K, 64 * K), page_sizes=(1, 16))
         + product((16,), (1 * K, 64 * K), dtypes=("fp16",))
     ),
+    "fp8": _fp8_grid,
+    "issue5": _issue5_grid,
 }
 
 
@@ -166,8 +206,13 @@ def preset(name: str) -> list[Cell]:
 
 
 def measuring_order(cells: Sequence[Cell]) -> list[Cell]:
-    """Each cell once: bf16 before fp16 (the pool is refilled once), small before large in a type.
+    """Each cell once: bf16 before fp16 and then "same" before fp8, because a change refills the
+    pool; small before large within these.
 
     A run that is cut short then has lost its most expensive cells only.
     """
-    return sorted(dict.fromkeys(cells), key=lambda cell: (cell.dtype, cell.nominal_bytes()))
+    kinds = list(CACHE_TOKEN_BYTES)
+    return sorted(
+        dict.fromkeys(cells),
+        key=lambda cell: (cell.dtype, kinds.index(cell.kv_cache), cell.nominal_bytes()),
+    )

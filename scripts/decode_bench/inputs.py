@@ -8,8 +8,11 @@ cache cold.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
+
+from etap_flashinfer import quantization
 
 from .grid import HEAD_DIM_CKV, TOKEN_BYTES, TOKEN_WIDTH, Cell
 
@@ -31,7 +34,9 @@ class Inputs:
     Attributes
     ----------
     caches : list of Tensor
-        One ``[pages, page_size, 576]`` view of the pool for each call.
+        For each call ``[pages, page_size, 576]`` of ``dtype`` or float8_e4m3fn.
+    wide_caches : list of Tensor
+        Caches of ``dtype`` with the same values, for peers that read no fp8.
     queries : Tensor
         ``[calls, batch * q_len, heads, 576]``.
     qo_indptr, kv_indptr : Tensor
@@ -48,6 +53,7 @@ class Inputs:
 
     cell: Cell
     caches: list[torch.Tensor]
+    wide_caches: list[torch.Tensor]
     queries: torch.Tensor
     qo_indptr: torch.Tensor
     kv_indptr: torch.Tensor
@@ -68,7 +74,17 @@ class Inputs:
     @property
     def bytes_read(self) -> int:
         """Bytes of cache that one call has to read."""
-        return sum(self.lengths) * TOKEN_BYTES
+        return sum(self.lengths) * self.cell.token_bytes
+
+    def latents(self, request: int) -> torch.Tensor:
+        """Tokens of a request as the last call's cache holds them, ``[length, 576]`` float64."""
+        length = self.lengths[request]
+        pages = self.block_table[request, : -(-length // self.cell.page_size)].long()
+        cache = self.caches[-1]
+        if self.cell.kv_cache == "fp8":
+            codes = cache.view(torch.uint8)[pages].flatten(0, 1)[:length]
+            return quantization.dequantize_fp8_e4m3(codes, dtype=torch.float64)
+        return cache[pages].flatten(0, 1)[:length].double()
 
 
 def pages_of(lengths: list[int], page_size: int) -> list[int]:
@@ -77,33 +93,62 @@ def pages_of(lengths: list[int], page_size: int) -> list[int]:
 
 
 def set_bytes(cell: Cell, seed: int) -> int:
-    """Bytes of pool that one call of ``cell`` needs."""
+    """Bytes of pool that one call of ``cell`` needs: the cache in ``dtype``, with fp8 as well."""
     return sum(pages_of(cell.request_lengths(seed), cell.page_size)) * cell.page_size * TOKEN_BYTES
 
 
-def calls_of(bytes_of_set: int) -> int:
+def calls_of(cell: Cell, seed: int) -> int:
     """How many calls, each on its own cache, one timed graph holds."""
-    wanted = max(FEWEST_CALLS, -(-ROTATED_BYTES // bytes_of_set))
+    bytes_of_set = set_bytes(cell, seed)
+    bytes_of_cache = bytes_of_set // TOKEN_BYTES * cell.token_bytes
+    wanted = max(FEWEST_CALLS, -(-ROTATED_BYTES // bytes_of_cache))
     return max(1, min(wanted, MOST_CALLS, POOL_BYTES // bytes_of_set))
 
 
 class Pool:
-    """Device memory for the caches of every cell, filled with normal random data for each dtype."""
+    """Device memory for the caches of every cell, filled with normal random data for each dtype.
+
+    The caches of an fp8 cell lie in memory of their own, made when there is one: they are what its
+    part of the pool quantises to, and that part then holds what they are worth.
+    """
 
     def __init__(self, size_in_bytes: int, seed: int, device: str = "cuda"):
         self._storage = torch.empty(size_in_bytes, dtype=torch.uint8, device=device)
         self._generator = torch.Generator(device=device).manual_seed(seed)
         self._device = device
         self._filled_as: str | None = None
+        self._holds_quantized = False
+        self._fp8_storage = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def elements(self, dtype: str) -> torch.Tensor:
-        """The whole pool as one row of random elements of ``dtype``."""
+    def elements(self, dtype: str, for_fp8: bool = False) -> torch.Tensor:
+        """The whole pool as one row of random elements of ``dtype``.
+
+        ``for_fp8``: parts of it may hold, and after this will hold, values that went through fp8.
+        """
         elements = self._storage.view(DTYPES[dtype])
-        if self._filled_as != dtype:
+        if self._filled_as != dtype or (self._holds_quantized and not for_fp8):
             for chunk in elements.split(1 << 28):
                 chunk.normal_(generator=self._generator)
             self._filled_as = dtype
+        self._holds_quantized = for_fp8
         return elements
+
+    def _quantized(self, cell: Cell, wide: list[torch.Tensor]) -> list[torch.Tensor]:
+        """fp8 caches of the same values as ``wide``, which is rounded to them."""
+        shape = (*wide[0].shape[:2], cell.token_bytes)
+        size = math.prod(shape)
+        if self._fp8_storage.numel() < len(wide) * size:
+            self._fp8_storage = self._fp8_storage.new_empty(0)  # give the old back first
+            self._fp8_storage = self._fp8_storage.new_empty(len(wide) * size)
+        caches = [
+            self._fp8_storage[call * size : (call + 1) * size].view(shape)
+            for call in range(len(wide))
+        ]
+        caches = [cache.view(quantization.FP8_DTYPE) for cache in caches]
+        for cache, values in zip(caches, wide, strict=True):
+            cache.copy_(values)  # a plain cast: normal values stay far below 448
+            values.copy_(cache)
+        return caches
 
     def inputs(self, cell: Cell, seed: int, calls: int | None = None) -> Inputs:
         """Inputs of a cell for ``calls`` calls, by default as many as a timed graph needs.
@@ -113,15 +158,16 @@ class Pool:
         lengths = cell.request_lengths(seed)
         pages = pages_of(lengths, cell.page_size)
         total_pages = sum(pages)
-        calls = calls_of(set_bytes(cell, seed)) if calls is None else calls
+        calls = calls_of(cell, seed) if calls is None else calls
         set_elements = total_pages * cell.page_size * TOKEN_WIDTH
-        elements = self.elements(cell.dtype)
-        caches = [
+        elements = self.elements(cell.dtype, for_fp8=cell.kv_cache != "same")
+        wide = [
             elements[call * set_elements : (call + 1) * set_elements].view(
                 total_pages, cell.page_size, TOKEN_WIDTH
             )
             for call in range(calls)
         ]
+        caches = wide if cell.kv_cache == "same" else self._quantized(cell, wide)
         kv_indices = torch.randperm(
             total_pages, generator=self._generator, device=self._device
         ).int()
@@ -140,6 +186,7 @@ class Pool:
         return Inputs(
             cell=cell,
             caches=caches,
+            wide_caches=wide,
             queries=queries,
             qo_indptr=(torch.arange(cell.batch + 1) * cell.q_len).int().to(self._device),
             kv_indptr=page_ends.int().to(self._device),
@@ -170,8 +217,7 @@ def exact_output(inputs: Inputs, request: int) -> torch.Tensor:
     """Softmax attention of one request of the last call, ``[q_len, heads, 512]``, in float64."""
     cell = inputs.cell
     length = inputs.lengths[request]
-    pages = inputs.block_table[request, : -(-length // cell.page_size)].long()
-    tokens = inputs.caches[-1][pages].flatten(0, 1)[:length].double()
+    tokens = inputs.latents(request)
     first = request * cell.q_len
     queries = inputs.queries[-1, first : first + cell.q_len].double()
     scores = torch.einsum("qhd,td->qht", queries, tokens) * SM_SCALE

@@ -8,12 +8,14 @@ layer (planning, scheduler metadata) happens before, outside the timed graph.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from .grid import HEAD_DIM_CKV, HEAD_DIM_KPE, Cell
+from etap_flashinfer.quantization import FP8_DTYPE
+
+from .grid import CACHE_TOKEN_BYTES, HEAD_DIM_CKV, HEAD_DIM_KPE, Cell
 from .inputs import DTYPES, SM_SCALE, Inputs, split_token
 
 WORKSPACE_BYTES = 128 * 1024 * 1024
@@ -21,9 +23,10 @@ RunCall = Callable[[int], torch.Tensor]
 
 
 class Peer(Protocol):
-    """One kernel under test."""
+    """One kernel under test; ``kv_caches`` are the caches, as cells name them, it is timed on."""
 
     name: str
+    kv_caches: tuple[str, ...]
 
     def refuses(self, cell: Cell) -> str | None:
         """Why the peer cannot serve the cell, or None."""
@@ -48,19 +51,31 @@ def plan_arguments(inputs: Inputs) -> tuple:
         inputs.causal,
         SM_SCALE,
         dtype,
-        dtype,
+        dtype if cell.kv_cache == "same" else FP8_DTYPE,
     )
+
+
+def run_arguments(inputs: Inputs, call: int) -> tuple[tuple, dict[str, float]]:
+    """Arguments of the wrappers' ``run`` for one call, by position and by name."""
+    queries, cache = split_token(inputs.queries[call]), inputs.caches[call]
+    scales = {} if inputs.cell.kv_cache == "same" else {"ckv_scale": 1.0, "kpe_scale": 1.0}
+    return (*queries, *split_token(cache)), scales
 
 
 class WrapperPeer:
     """A ``BatchMLAPagedAttentionWrapper``: ours with "etap", FlashInfer's with "fa2" or "fa3"."""
 
-    def __init__(self, name: str, wrapper_class: type, backend: str):
+    def __init__(
+        self, name: str, wrapper_class: type, backend: str, kv_caches: tuple[str, ...] = ("same",)
+    ):
         self.name = name
+        self.kv_caches = kv_caches
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
         self.wrapper = wrapper_class(workspace, backend=backend)
 
     def refuses(self, cell: Cell) -> str | None:
+        if self.name == "flashinfer_fp8" and cell.dtype != "bf16":
+            return f"FlashInfer reads an fp8 cache with bf16 queries only, not {cell.dtype}"
         return None
 
     def plan(self, inputs: Inputs) -> None:
@@ -71,17 +86,19 @@ class WrapperPeer:
         wrapper = self.wrapper
         q_nope, _ = split_token(inputs.queries[0])
         out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device="cuda")
-        arguments = [
-            (*split_token(queries), *split_token(cache))
-            for queries, cache in zip(inputs.queries, inputs.caches, strict=True)
-        ]
-        return lambda call: wrapper.run(*arguments[call], out=out)
+        given = [run_arguments(inputs, call) for call in range(inputs.calls)]
+        return lambda call: wrapper.run(*given[call][0], out=out, **given[call][1])
 
 
 class FlashMla:
-    """FlashMLA's dense decode as SGLang calls it: ``sgl_kernel.flash_mla``."""
+    """FlashMLA's dense decode as SGLang calls it: ``sgl_kernel.flash_mla``.
+
+    Beside an fp8 cache it reads one of ``dtype`` with the same values.
+    """
 
     name = "flashmla"
+    kv_caches: tuple[str, ...] = ("same", "fp8")
+    _is_fp8 = False
 
     def __init__(self) -> None:
         from sgl_kernel.flash_mla import flash_mla_with_kvcache, get_mla_metadata
@@ -97,14 +114,15 @@ class FlashMla:
     def prepare(self, inputs: Inputs) -> RunCall:
         cell = inputs.cell
         schedule, num_splits = self._metadata(
-            inputs.kv_lens, cell.q_len * cell.heads, 1, is_fp8_kvcache=False
+            inputs.kv_lens, cell.q_len * cell.heads, 1, is_fp8_kvcache=self._is_fp8
         )
-        queries = inputs.queries.unflatten(1, (cell.batch, cell.q_len))
+        queries, caches, options = self._tensors(inputs)
+        queries = queries.unflatten(1, (cell.batch, cell.q_len))
 
         def run(call: int) -> torch.Tensor:
             out, _ = self._decode(
                 q=queries[call],
-                k_cache=inputs.caches[call].unsqueeze(2),
+                k_cache=caches[call].unsqueeze(2),
                 block_table=inputs.block_table,
                 cache_seqlens=inputs.kv_lens,
                 head_dim_v=HEAD_DIM_CKV,
@@ -112,16 +130,48 @@ class FlashMla:
                 num_splits=num_splits,
                 softmax_scale=SM_SCALE,
                 causal=inputs.causal,
+                **options,
             )
             return out
 
         return run
+
+    def _tensors(
+        self, inputs: Inputs
+    ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Queries and caches of all calls, and further arguments."""
+        return inputs.queries, inputs.wide_caches, {}
+
+
+class FlashMlaFp8(FlashMla):
+    """FlashMLA's dense decode on an fp8 cache, as SGLang calls it.
+
+    It wants the queries in e4m3 as well. SGLang casts them, with scale 1, before every call; here
+    that is done before the timed graph, which is to this peer's advantage.
+    """
+
+    name = "flashmla_fp8"
+    kv_caches = ("fp8",)
+    _is_fp8 = True
+
+    def refuses(self, cell: Cell) -> str | None:
+        if cell.dtype != "bf16":
+            return f"FlashMLA's fp8 kernel writes bf16 only, not {cell.dtype}"
+        return super().refuses(cell)
+
+    def _tensors(
+        self, inputs: Inputs
+    ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
+        scale = torch.ones(1, dtype=torch.float32, device=inputs.queries.device)
+        descale = {"descale_q": scale, "descale_k": scale}
+        return inputs.queries.to(FP8_DTYPE), inputs.caches, descale
 
 
 class FlashAttention3:
     """FlashAttention-3 with ``qv``, as SGLang calls it for MLA: ``sgl_kernel.flash_attn``."""
 
     name = "fa3"
+    kv_caches = ("same",)
 
     def __init__(self) -> None:
         from sgl_kernel.flash_attn import flash_attn_with_kvcache
@@ -154,27 +204,29 @@ class FlashAttention3:
 def _etap() -> Peer:
     import etap_flashinfer
 
-    return WrapperPeer("etap", etap_flashinfer.BatchMLAPagedAttentionWrapper, "etap")
+    wrapper_class = etap_flashinfer.BatchMLAPagedAttentionWrapper
+    return WrapperPeer("etap", wrapper_class, "etap", tuple(CACHE_TOKEN_BYTES))
 
 
-def _flashinfer(backend: str) -> Peer:
+def _flashinfer(name: str, backend: str, kv_cache: str = "same") -> Peer:
     import flashinfer.mla
 
-    return WrapperPeer(
-        f"flashinfer_{backend}", flashinfer.mla.BatchMLAPagedAttentionWrapper, backend
-    )
+    wrapper_class = flashinfer.mla.BatchMLAPagedAttentionWrapper
+    return WrapperPeer(name, wrapper_class, backend, (kv_cache,))
 
 
 PEER_MAKERS: dict[str, Callable[[], Peer]] = {
     "etap": _etap,
-    "flashinfer_fa2": lambda: _flashinfer("fa2"),
-    "flashinfer_fa3": lambda: _flashinfer("fa3"),
+    "flashinfer_fa2": lambda: _flashinfer("flashinfer_fa2", "fa2"),
+    "flashinfer_fa3": lambda: _flashinfer("flashinfer_fa3", "fa3"),
     "flashmla": FlashMla,
     "fa3": FlashAttention3,
+    "flashmla_fp8": FlashMlaFp8,
+    "flashinfer_fp8": lambda: _flashinfer("flashinfer_fp8", "fa3", "fp8"),
 }
 
 
-def make_peers(names: list[str], report: Callable[[str], None]) -> list[Peer]:
+def make_peers(names: Sequence[str], report: Callable[[str], None]) -> list[Peer]:
     """Make each named peer; one that is not installed or fails is reported and left out."""
     peers: list[Peer] = []
     for name in names:
@@ -185,8 +237,10 @@ def make_peers(names: list[str], report: Callable[[str], None]) -> list[Peer]:
     return peers
 
 
-def build_modules(names: list[str], dtypes: list[str], report: Callable[[str], None]) -> None:
-    """Compile what the named peers will load, all of it in one parallel build.
+def build_modules(
+    names: Sequence[str], cells: Sequence[Cell], report: Callable[[str], None]
+) -> None:
+    """Compile what the named peers will load for the cells, all of it in one parallel build.
 
     Left to themselves, the modules would be compiled one after the other at their first use; that
     still happens, and fails for itself, where this build fails.
@@ -196,18 +250,22 @@ def build_modules(names: list[str], dtypes: list[str], report: Callable[[str], N
 
     from etap_flashinfer import jit
 
-    torch_dtypes = [DTYPES[dtype] for dtype in dtypes]
-    specs = []
-    for backend in ("fa2", "fa3"):
-        if f"flashinfer_{backend}" in names:
-            specs += [
-                gen_batch_mla_module(
-                    backend, d, d, d, torch.int32, HEAD_DIM_CKV, HEAD_DIM_KPE, False
-                )
-                for d in torch_dtypes
-            ]
+    kinds = {(DTYPES[cell.dtype], cell.kv_cache) for cell in cells}
+    # FlashInfer's modules by peer: backend, cache and the dtypes of queries, cache and output.
+    modules = [
+        (f"flashinfer_{backend}", "same", (backend, dtype, dtype, dtype))
+        for backend in ("fa2", "fa3")
+        for dtype in DTYPES.values()
+    ]
+    bf16 = torch.bfloat16
+    modules.append(("flashinfer_fp8", "fp8", ("fa3", bf16, FP8_DTYPE, bf16)))
+    specs = [
+        gen_batch_mla_module(*types, torch.int32, HEAD_DIM_CKV, HEAD_DIM_KPE, False)
+        for name, kv_cache, types in modules
+        if name in names and (types[1], kv_cache) in kinds
+    ]
     if "etap" in names and not os.environ.get("ETAP_FLASHINFER_AOT_DIR"):
-        variants = [v for v in jit.ALL_VARIANTS if v.dtype in torch_dtypes]
+        variants = [v for v in jit.ALL_VARIANTS if (v.dtype, v.kv_cache) in kinds]
         specs += [jit.gen_etap_mla_module(variant) for variant in variants]
     try:
         build_jit_specs(specs)

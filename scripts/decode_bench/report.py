@@ -11,6 +11,7 @@ from .grid import preset
 
 Case = dict[str, Any]
 BF16_PEERS = ("flashinfer_fa2", "flashinfer_fa3", "flashmla", "fa3")
+FP8_PEERS = ("flashmla_fp8", "flashinfer_fp8")
 PEER_TITLES = {
     "flashinfer_fa2": "FlashInfer fa2",
     "flashinfer_fa3": "FlashInfer fa3",
@@ -44,6 +45,16 @@ def figure(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def is_fp8(case: Case) -> bool:
+    """Whether the cache is of fp8."""
+    return case["kv_dtype"] == "fp8_e4m3"
+
+
+def types(case: Case) -> str:
+    """Type of queries and output, and of the cache where it is another: bf16, bf16 / fp8."""
+    return f"{case['dtype']} / fp8" if is_fp8(case) else case["dtype"]
+
+
 def is_plain(case: Case) -> bool:
     """16 heads, one query token, bf16, page 64, equal lengths: the shape of the first bars."""
     return (
@@ -63,7 +74,7 @@ def table(cases: Sequence[Case], ceiling: float | None) -> str:
         share = None if not ceiling or case["gbps"] is None else 100 * case["gbps"] / ceiling
         context = tokens(case["context"])
         row = [str(case["batch"]), f"{case['lengths']} {context}" if "lengths" in case else context]
-        row += [str(case[key]) for key in ("heads", "q_len", "page_size", "dtype")]
+        row += [str(case[key]) for key in ("heads", "q_len", "page_size")] + [types(case)]
         row += [figure(case["us"]), figure(case["gbps"], 0)]
         row += ["-" if share is None else f"{share:.0f} %"]
         row += [figure(case["peers"].get(name, {}).get("us")) for name in peers]
@@ -78,6 +89,16 @@ def table(cases: Sequence[Case], ceiling: float | None) -> str:
 
 def _ratio(value: float | None, by: float | None) -> float | None:
     return None if value is None or not by else value / by
+
+
+def worst_ratios(cases: Sequence[Case]) -> dict[str, tuple[float, int]]:
+    """Largest RMSE over that of rounding alone, and over how many cases, by type of the cache."""
+    ratios: dict[str, list[float]] = {}
+    for case in cases:
+        if case["rmse_rounding"]:
+            ratio = case["rmse"] / case["rmse_rounding"]
+            ratios.setdefault(case["kv_dtype"], []).append(ratio)
+    return {name: (max(own), len(own)) for name, own in sorted(ratios.items())}
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -97,7 +118,16 @@ class Verdicts:
     """The bars of the project, each judged on the measured cases or left open."""
 
     def __init__(self, cases: Sequence[Case], ceiling: float | None):
-        self.cases = [case for case in cases if case["us"] is not None]
+        measured = [case for case in cases if case["us"] is not None]
+        self.cases = [case for case in measured if not is_fp8(case)]
+        # One query token, bf16, page 64: what the bars of the fp8 cache are about.
+        self.fp8 = [case for case in measured if is_fp8(case)]
+        self.plain_fp8 = [
+            case
+            for case in self.fp8
+            if (case["q_len"], case["page_size"], case["dtype"]) == (1, 64, "bf16")
+            and "lengths" not in case
+        ]
         self.plain = [case for case in self.cases if is_plain(case)]
         self.ceiling = ceiling
 
@@ -208,6 +238,76 @@ class Verdicts:
             self._speed("128 rows and more", many, 1.0, 1.0, 1),
             self._pages(),
         ]
+
+    def _fp8_cell(self, batch: int, context: int, heads: int = 16) -> Case | None:
+        for case in self.plain_fp8:
+            if (case["batch"], case["context"], case["heads"]) == (batch, context, heads):
+                return case
+        return None
+
+    def _against(self, name: str, cells: Sequence[Case | None], peer: str, bar: float) -> str:
+        """The worst ratio of a peer's time to ETAP's over all of the cells; open without one."""
+        ratios = [_peer_ratio(case, peer) for case in cells]
+        measured = [ratio for ratio in ratios if ratio is not None]
+        if len(measured) < len(cells):
+            return _open(name, f"{len(measured)} of {len(cells)} cells with {peer} were measured")
+        return _verdict(name, min(measured) >= bar, f"{min(measured):.3f} (bar {bar:.2f})")
+
+    def _fp8_share(self) -> str:
+        name = "fp8: 16 x 64K share of the read ceiling"
+        case = self._fp8_cell(16, 64 * K)
+        if case is None or not self.ceiling:
+            return _open(name, "16 x 64K or the read ceiling was not measured")
+        reached = case["gbps"] / self.ceiling
+        text = f"{100 * reached:.1f} % of {self.ceiling:.0f} GB/s (bar 90 %)"
+        return _verdict(name, reached >= 0.9, text)
+
+    def _fp8_grid(self) -> str:
+        name = "fp8: batch x context over FlashMLA fp8"
+        cells = [self._fp8_cell(cell.batch, cell.context) for cell in preset("fp8")]
+        ratios = {}
+        for case in cells:
+            ratio = None if case is None else _peer_ratio(case, "flashmla_fp8")
+            if case is not None and ratio is not None:
+                ratios[f"{case['batch']} x {tokens(case['context'])}"] = ratio
+        if len(ratios) < len(cells):
+            return _open(name, f"{len(ratios)} of {len(cells)} cells were measured")
+        mean, worst = geometric_mean(ratios.values()), min(ratios, key=ratios.__getitem__)
+        text = (
+            f"{mean:.3f} in geometric mean of {len(ratios)} cells (bar 1.40), worst "
+            f"{ratios[worst]:.3f} at {worst} (bar 1.00)"
+        )
+        return _verdict(name, mean >= 1.4 and ratios[worst] >= 1.0, text)
+
+    def _fp8_accuracy(self) -> str:
+        name = "fp8: RMSE over rounding alone"
+        ratios = [case["rmse"] / case["rmse_rounding"] for case in self.fp8]
+        if not ratios:
+            return _open(name, "not measured")
+        text = f"at most {max(ratios):.3f} over {len(ratios)} cells (bar 1.50)"
+        return _verdict(name, max(ratios) <= 1.5, text)
+
+    def issue5(self) -> list[str]:
+        """Bars of the fp8 cache."""
+        long_cell = [self._fp8_cell(16, 64 * K)]
+        rows_64, rows_128 = (
+            [self._fp8_cell(16, k * K, heads) for k in (16, 64)] for heads in (64, 128)
+        )
+        return [
+            self._against("fp8: 16 x 64K over FlashMLA bf16", long_cell, "flashmla", 1.9),
+            self._against("fp8: 16 x 64K over FlashMLA fp8", long_cell, "flashmla_fp8", 1.5),
+            self._fp8_share(),
+            self._fp8_grid(),
+            self._against("fp8: 64 rows over FlashMLA fp8", rows_64, "flashmla_fp8", 1.3),
+            self._against("fp8: 128 rows over FlashMLA fp8", rows_128, "flashmla_fp8", 1.0),
+            self._fp8_accuracy(),
+        ]
+
+
+def _peer_ratio(case: Case | None, peer: str) -> float | None:
+    """A peer's time over ETAP's, None where one of them is missing."""
+    microseconds = None if case is None else case["peers"].get(peer, {}).get("us")
+    return None if case is None or microseconds is None else microseconds / case["us"]
 
 
 def _shape(case: Case) -> tuple:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import pathlib
 import statistics
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from . import tool_modules
 from .peers import RunCall
 
 CEILING_BYTES = 16_384 * 73_728  # 1.2 GB: the cache of 16 requests of 64K tokens
@@ -97,17 +97,12 @@ def host_microseconds(function: Callable[[], object], repeats: int = 200) -> flo
     return 1e6 * statistics.median(samples)
 
 
-def read_module():
-    """The compiled ``read_ceiling.cu``."""
-    from flashinfer.jit import gen_jit_spec, sm90a_nvcc_flags
-
-    source = pathlib.Path(__file__).with_name("read_ceiling.cu")
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-    spec = gen_jit_spec(f"etap_read_ceiling_{digest}", [source], extra_cuda_cflags=sm90a_nvcc_flags)
-    return spec.build_and_load()
-
-
-def measure_read_ceiling(data: torch.Tensor, report: Callable[[str], None]) -> float:
+def measure_read_ceiling(
+    data: torch.Tensor,
+    report: Callable[[str], None],
+    ctas: int | None = None,
+    modules: pathlib.Path | None = None,
+) -> float:
     """The most GB/s at which this GPU brings 1.2 GB into shared memory, launch and ramp included.
 
     Parameters
@@ -116,14 +111,18 @@ def measure_read_ceiling(data: torch.Tensor, report: Callable[[str], None]) -> f
         At least 2.4 GB of random data; successive launches read different parts of it.
     report : callable
         Takes one line for each shape of the copy ring.
+    ctas : int, optional
+        One on each SM by default.
+    modules : Path, optional
+        Directory of tool modules built before.
     """
     flat = data.view(torch.uint8)
     parts = [part for part in flat.split(CEILING_BYTES) if part.numel() == CEILING_BYTES][:4]
     if len(parts) < 2:
         raise ValueError(f"the read ceiling needs 2.4 GB of data, got {flat.numel() / 1e9:.1f} GB")
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    last_words = torch.empty(processors, dtype=torch.int32, device="cuda")
-    module = read_module()
+    ctas = ctas or torch.cuda.get_device_properties(0).multi_processor_count
+    last_words = torch.empty(ctas, dtype=torch.int32, device="cuda")
+    module = tool_modules.load("read_ceiling", modules)
     best = 0.0
     for stage_bytes, stages in CEILING_RINGS:
 

@@ -12,7 +12,12 @@ import etap_flashinfer
 SM_SCALE = 192**-0.5
 WORKSPACE_BYTES = 128 * 1024 * 1024
 GARBAGE_PAGES = (2**31 - 1, -1, 10**9, -(2**31))
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPE_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8_e4m3",
+    torch.uint8: "fp8_e4m3",  # FlashMLA's layout
+}
 RMSE_BOUND = 1.15
 LSE_BOUND = 1e-5
 
@@ -64,6 +69,14 @@ class Problem:
     def run_arguments(self) -> tuple:
         """Positional arguments of ``run``."""
         return (self.q_nope, self.q_pe, self.ckv, self.kpe)
+
+    def plan_options(self) -> dict:
+        """Arguments of our ``plan`` by name."""
+        return {}
+
+    def run_options(self) -> dict:
+        """Arguments of ``run`` by name."""
+        return {}
 
 
 def random_queries(
@@ -211,9 +224,10 @@ def poisoned_outputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 def run_once(problem: Problem, wrapper: object | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Plan and run on poisoned outputs; returns output and base-2 LSE."""
     wrapper = make_wrapper() if wrapper is None else wrapper
-    wrapper.plan(*problem.plan_arguments())
+    wrapper.plan(*problem.plan_arguments(), **problem.plan_options())
     out, lse = poisoned_outputs(problem)
-    returned = wrapper.run(*problem.run_arguments(), out=out, lse=lse, return_lse=True)
+    options = problem.run_options() | {"out": out, "lse": lse, "return_lse": True}
+    returned = wrapper.run(*problem.run_arguments(), **options)
     assert returned[0] is out
     assert returned[1] is lse
     return out, lse
@@ -228,11 +242,12 @@ def check(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     record: Callable[[dict], None] | None = None,
+    rmse_bound: float = RMSE_BOUND,
 ) -> None:
     """Compare with float64: the whole batch and every request by itself.
 
-    RMSE at most 1.15 times that of the exact result rounded to the output type (and 1e-6 of its
-    size, for results such as a single token's that rounding leaves exact), LSE within 1e-5.
+    RMSE at most ``rmse_bound`` times that of the exact result rounded to the output type (and 1e-6
+    of its size, for results such as a single token's that rounding leaves exact), LSE within 1e-5.
     """
     expected, expected_lse = exact(problem)
     rounded = expected.to(problem.dtype)
@@ -261,14 +276,14 @@ def check(
             rows = slice(first, first + q_len)
             own, bound = (
                 squares[rows].mean().sqrt(),
-                RMSE_BOUND * floor[rows].mean().sqrt() + 1e-6 * size[rows].mean().sqrt(),
+                rmse_bound * floor[rows].mean().sqrt() + 1e-6 * size[rows].mean().sqrt(),
             )
             assert own <= bound, (
                 f"request {request} (q {q_len}, length {problem.kv_lens[request]}): "
                 f"rmse {own:.3e} above {bound:.3e}"
             )
         first += q_len
-    assert figure <= RMSE_BOUND * rounding + 1e-6 * rmse(torch.zeros_like(expected), expected)
+    assert figure <= rmse_bound * rounding + 1e-6 * rmse(torch.zeros_like(expected), expected)
     if lse is not None:
         check_lse(lse, expected_lse)
 

@@ -103,8 +103,9 @@ class Kernel:
 
     def load(self, variant):
         def run(workspace, *arguments):
-            *inputs, out, lse, causal, sm_scale, _ = arguments
+            *inputs, out, lse, causal, sm_scale, _, ckv_scale, kpe_scale = arguments
             assert lse is None
+            assert (ckv_scale, kpe_scale) == (1.0, 1.0)
             queries = out.shape[0]
             self.calls.append((variant.short_name, queries))
             result, _ = reference.mla_paged_attention(*inputs, causal, sm_scale)
