@@ -3,12 +3,13 @@
 
     python scripts/bench_sglang.py                          the whole grid, about a minute a backend
     python scripts/bench_sglang.py --backends etap flashmla --batches 16 --contexts 32768
+    python scripts/bench_sglang.py --kv-cache-dtype fp8_e4m3 --backends etap flashmla
 
 The model has the shapes that one GPU sees of DeepSeek-V3 under tensor parallelism 8: hidden size
 7168, 16 heads, the dense layers' MLP; random weights (``--load-format dummy``) and a random cache.
 Steps are timed by SGLang's own ``one_batch`` tools, one process a backend (sglang_eval/
 bench_worker.py says what differs), with CUDA graphs. The profiler gives attention's share.
-Writes the section "bench" of results/<gpu>/sglang.json.
+Writes the section "bench" of results/<gpu>/sglang.json, with an fp8 cache "bench_fp8".
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def worker_command(options: argparse.Namespace, backend: str, cases: pathlib.Pat
         "--model-path": options.work / "model",
         "--load-format": "dummy",
         "--attention-backend": backend,
+        "--kv-cache-dtype": options.kv_cache_dtype,
         "--sampling-backend": "pytorch",
         "--grammar-backend": "none",
         "--context-length": longest,
@@ -173,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 16, 64))
     parser.add_argument("--contexts", nargs="+", type=int, default=(4 * K, 32 * K, 64 * K))
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8_e4m3"), default="auto")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--steps", type=int, default=33)
     parser.add_argument("--time-budget", type=float, default=300.0, help="seconds in all (300)")
@@ -191,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     settings = {name: {k: c[k] for k in ("class", "page_size")} for name, c in found.items()}
     section = {"layers": options.layers, "backends": settings, "cases": cases}
-    print(f"written: {evidence.update(options.out, 'bench', section)}")
+    name = "bench" if options.kv_cache_dtype == "auto" else "bench_fp8"
+    print(f"written: {evidence.update(options.out, name, section)}")
     return 0 if set(found) == set(options.backends) else 1
 
 

@@ -5,8 +5,8 @@
     python scripts/readme_tables.py --check    fail if a table is out of date or evidence is stale
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; NAME is one of
-batch-context, shapes, fp8, validation, sglang, reliability, l2-tiles, h20-emulation. The last four
-say so while nothing was measured.
+batch-context, shapes, fp8, validation, sglang, sglang-fp8, drift, reliability, l2-tiles,
+h20-emulation. All but batch-context, shapes and validation say so while nothing was measured.
 Evidence is stale when it was measured with other kernel sources than those under csrc/.
 """
 
@@ -27,6 +27,7 @@ from sglang_eval import evidence as sglang_evidence
 
 Found = dict[str, dict[str, Any]]
 
+NOT_MEASURED = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table:\2 -->)", re.DOTALL)
 
 
@@ -94,9 +95,7 @@ def fp8_table(found: Found) -> str:
     """Every shape with an fp8 cache."""
     decode = found["decode"]
     cases = [case for case in decode["cases"] if report.is_fp8(case)]
-    if not cases:
-        raise ValueError("table fp8 needs decode.json with cases of kv_dtype fp8_e4m3")
-    return _shapes(cases, decode)
+    return _shapes(cases, decode) if cases else NOT_MEASURED
 
 
 def _shapes(cases: Sequence[Case], decode: dict[str, Any]) -> str:
@@ -173,15 +172,24 @@ def reliability_table(found: Found) -> str:
             text = f"{plan['us']:.0f} us, with `validate=True` {plan['us_validated']:.0f} us"
             rows.append([f"`plan()` of {shape}", text])
     if not rows:
-        return "Not measured yet.\n"
+        return NOT_MEASURED
     return markdown(["what", "outcome"], rows) + "".join(dict.fromkeys(map(provenance, sources)))
 
 
 def sglang_table(found: Found) -> str:
     """Time of a decode step end to end, and attention's share of the GPU's time, by backend."""
-    bench = found.get("sglang", {}).get("bench")
+    return _steps(found, "bench")
+
+
+def sglang_fp8_table(found: Found) -> str:
+    """The same with an fp8 cache."""
+    return _steps(found, "bench_fp8")
+
+
+def _steps(found: Found, section: str) -> str:
+    bench = found.get("sglang", {}).get(section)
     if bench is None:
-        return "Not measured yet.\n"
+        return NOT_MEASURED
     others = [name for name in bench["backends"] if name != "etap"]
     rows = []
     for case in bench["cases"]:
@@ -195,6 +203,26 @@ def sglang_table(found: Found) -> str:
         rows.append([shape, per_second, *cells, report.figure(ratio, 2)])
     head = ["batch x context", "ETAP, tokens/s", "ETAP, ms", *(f"{name}, ms" for name in others)]
     return markdown([*head, "best other / ETAP"], rows) + provenance({**found["sglang"], **bench})
+
+
+def drift_table(found: Found) -> str:
+    """What an fp8 cache holds, and how greedy generations part from those with a bf16 cache."""
+    section = found.get("sglang", {}).get("compare_fp8", {})
+    rows = []
+    if "capacity" in section:
+        capacity = section["capacity"]
+        bf16, fp8 = (capacity["tokens"][name] for name in ("auto", "fp8_e4m3"))
+        name = f"tokens of cache at `--mem-fraction-static {capacity['mem_fraction_static']}`"
+        rows.append([name, f"bf16 {bf16:,}, fp8 {fp8:,}: {capacity['ratio']:.2f} times as many"])
+    for name, prompts in section.get("drift", {}).items():
+        shares = [f"{100 * each['share']:.0f} %" for each in prompts.values()]
+        changes = [f"{each['mean_logprob_change']:.4f}" for each in prompts.values()]
+        what = f"{name} against etap with a bf16 cache, prompts of {', '.join(prompts)} tokens"
+        text = f"equal for {', '.join(shares)} of the generation, log-probabilities there "
+        rows.append([what, f"{text}{', '.join(changes)} apart in the mean"])
+    if not rows:
+        return NOT_MEASURED
+    return markdown(["what", "outcome"], rows) + provenance({**found["sglang"], **section})
 
 
 def _step(figures: dict[str, Any] | None) -> str:
@@ -214,6 +242,8 @@ TABLES = {
     "fp8": ("decode", fp8_table),
     "validation": ("validation", validation_table),
     "sglang": (None, sglang_table),
+    "sglang-fp8": (None, sglang_fp8_table),
+    "drift": (None, drift_table),
     "reliability": (None, reliability_table),
     "l2-tiles": (None, l2_tiles_table),
     "h20-emulation": (None, h20_emulation_table),

@@ -4,6 +4,7 @@
     python scripts/sglang_kit.py                            everything, about a minute
     python scripts/sglang_kit.py --parts decode verify      some of it
     python scripts/sglang_kit.py --backend flashmla --page-sizes 64
+    python scripts/sglang_kit.py --kv-cache-dtype fp8_e4m3 an fp8 cache; the reference reads it too
 
 SGLang compares the backend with PyTorch, on shuffled and on interleaved pages: decode, extend,
 decode in a CUDA graph, EAGLE verify with and without a graph, draft-extend and the draft's decode
@@ -13,6 +14,7 @@ steps in a graph. It skips a case whose backend can't be made; here a skip is a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import faulthandler
 import functools
@@ -26,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sglang_eval import evidence, plugin
+from sglang_eval.fp8_kit import fp8_cache
 
 PAGE_SIZES = (64, 1, 16, 32)
 SEEDS = 3
@@ -224,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--backend", default="etap")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8_e4m3"), default="auto")
     parser.add_argument("--page-sizes", nargs="+", type=int, default=PAGE_SIZES)
     parser.add_argument("--time-budget", type=float, default=240.0, help="seconds (240)")
     parser.add_argument(
@@ -234,9 +238,13 @@ def main(arguments: list[str] | None = None) -> int:
     # A hang ends with every thread's stack.
     faulthandler.dump_traceback_later(options.time_budget + 30, exit=True)
     plugin.ensure_discoverable()
-    tests = [t for t in Kit(options.backend).tests(options.page_sizes) if t.part in options.parts]
+    kit = Kit(options.backend)
+    is_fp8 = options.kv_cache_dtype == "fp8_e4m3"
+    tests = [test for test in kit.tests(options.page_sizes) if test.part in options.parts]
     print(
-        f"[{time.monotonic() - start:6.1f} s] {len(tests)} tests of {options.backend}", flush=True
+        f"[{time.monotonic() - start:6.1f} s] {len(tests)} tests of {options.backend}, cache "
+        f"{options.kv_cache_dtype}",
+        flush=True,
     )
     failures: list[str] = []
     passed: dict[str, int] = {}
@@ -245,7 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - start > options.time_budget:
             left += 1
             continue
-        outcome = outcome_of_seeds(test)
+        with fp8_cache(kit.mla) if is_fp8 else contextlib.nullcontext():
+            outcome = outcome_of_seeds(test)
         line = f"{test.part}: {test.name}: {outcome}"
         if outcome.startswith("passed"):
             reseeded += outcome != "passed"
@@ -262,7 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {left} tests not run: the time budget of {options.time_budget:.0f} s was spent")
     if options.backend == "etap":
         summary = {"passed": passed, "failed": failures, "not_run": left, "reseeded": reseeded}
-        print(f"written: {evidence.update(options.out, 'kit', summary)}")
+        section = "kit_fp8" if is_fp8 else "kit"
+        print(f"written: {evidence.update(options.out, section, summary)}")
     return 1 if failures or left else 0
 
 

@@ -1,6 +1,7 @@
 """SGLang's MLA backend with decode, verify, draft-extend and draft decode on the ETAP kernel."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
     step. That launch stays outside the captured graph: SGLang's scheduler may change
     ``req_to_token`` as soon as a graph replays.
 
+    SGLang fills an fp8 cache by plain casts, so its scales are 1, and the kernel reads it as it is.
+    FlashInfer, to attend to a cached prefix in the absorbed form (SGLang's choice for prefixes of
+    fewer than 8,192 tokens), would convert the whole pool in every layer; with an fp8 cache the
+    kernel attends there too.
+
     Parameters
     ----------
     model_runner : ModelRunner
@@ -57,6 +63,7 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
 
     # Lengths are read on the GPU. Prefill batches carry their copy on the host in any case.
     needs_cpu_seq_lens: bool = False
+    forward_metadata: Any  # the parent's for prefill, else EtapMetadata
 
     def __init__(
         self,
@@ -76,9 +83,12 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
             raise ValueError(f"--attention-backend etap: {refusal}")
         self.data_type = model_runner.kv_cache_dtype
         self.q_data_type = model_runner.dtype
+        self._is_fp8 = self.data_type != self.q_data_type
         self.is_draft_runner = model_runner.is_draft_worker
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
-        self._load_kernels({1, self.num_draft_tokens or 1})
+        self._query_lens = {1, self.num_draft_tokens or 1}
+        self._load_kernels()
+        self._extend_metadata: EtapMetadata | None = None
         self._graph_index: IndexBuffers | None = None
         self._eager_index: IndexBuffers | None = None
         self._tree_mask: Any = None
@@ -108,38 +118,54 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
             refusal = "the unified memory pool (virtual page indices) is not supported"
         return refusal
 
-    def _load_kernels(self, query_lens: set[int]) -> None:
-        """Load the variants for these query lengths: compiled, if need be, at start."""
+    def _load_kernels(self) -> None:
+        """Load the variants for all query lengths: compiled, if need be, at start."""
         device = self.req_to_token.device
+        row_tiles: dict[int | None, int] = {
+            query_len: dispatch.choose_row_tile(self.num_local_heads, query_len)
+            for query_len in self._query_lens
+        }
+        if self._is_fp8 and not self.skip_prefill:
+            row_tiles[None] = dispatch.ROW_TILES[-1]  # prefill
         modules = {
             query_len: jit.get_etap_mla_module(
                 jit.EtapMlaVariant(
                     self.q_data_type,
-                    dispatch.choose_row_tile(self.num_local_heads, query_len),
+                    row_tile,
                     dispatch.choose_kv_loader(self.page_size),
+                    "fp8" if self._is_fp8 else "same",
                 )
             )
-            for query_len in query_lens
+            for query_len, row_tile in row_tiles.items()
         }
         num_bytes = max(module.workspace_bytes(device.index) for module in modules.values())
         self._etap_workspace = _workspace(device, num_bytes)
-        self._kernels = {query_len: module.run for query_len, module in modules.items()}
+        self._kernels: dict[int | None, Callable[..., None]] = {
+            query_len: module.run for query_len, module in modules.items()
+        }
 
     # Metadata
 
     def _make_index(self, max_requests: int) -> IndexBuffers:
-        return IndexBuffers(max_requests, self.req_to_token, self.page_size, set(self._kernels))
+        return IndexBuffers(max_requests, self.req_to_token, self.page_size, self._query_lens)
+
+    def _eager_index_of(self, batch_size: int) -> IndexBuffers:
+        """Index tensors for batches without a graph, grown in powers of two: they soon stay."""
+        index = self._eager_index
+        if index is None or index.max_requests < batch_size:
+            index = self._eager_index = self._make_index(1 << max(batch_size - 1, 0).bit_length())
+        return index
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Fill the index tensors of a batch that runs without a CUDA graph."""
         forward_mode = forward_batch.forward_mode
         if not _is_served(forward_mode):
             super().init_forward_metadata(forward_batch)
+            self._extend_metadata = None
+            if self._is_fp8 and not self.forward_metadata.use_ragged:
+                self._extend_metadata = self._fill_for_extend(forward_batch)
             return
-        index, batch_size = self._eager_index, forward_batch.batch_size
-        if index is None or index.max_requests < batch_size:
-            # Grown in powers of two, so that it soon stays.
-            index = self._eager_index = self._make_index(1 << max(batch_size - 1, 0).bit_length())
+        index = self._eager_index_of(forward_batch.batch_size)
         seq_lens = forward_batch.seq_lens
         if forward_mode.is_draft_extend_v2():
             # Every window is padded to num_draft_tokens, and counted from where it starts.
@@ -147,6 +173,14 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
             self._fill(index, forward_batch, seq_lens, self.num_draft_tokens)
         else:
             self._fill(index, forward_batch, seq_lens, self._verified_tokens(forward_mode))
+
+    def _fill_for_extend(self, forward_batch: Any) -> EtapMetadata:
+        """Fill the index tensors of a prefill batch; its lengths count the new tokens."""
+        batch_size = forward_batch.batch_size
+        index = self._eager_index_of(batch_size)
+        seq_lens = forward_batch.seq_lens[:batch_size]
+        index.fill(forward_batch.req_pool_indices[:batch_size], seq_lens)
+        return index.extend_metadata(seq_lens - forward_batch.extend_prefix_lens[:batch_size])
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Fill the index tensors that a captured graph reads, before capture and each replay."""
@@ -230,20 +264,10 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
         torch.Tensor
             Shape ``[tokens, heads * 512]``.
         """
-        if k is not None and save_kv_cache:
-            location = compat.write_location(forward_batch)
-            if k_rope is not None:
-                self.token_to_kv_pool.set_mla_kv_buffer(layer, location, k, k_rope)
-            else:
-                self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
-        heads, columns = layer.tp_q_head_num, layer.v_head_dim
-        if q_rope is None:
-            query = q.view(-1, heads, layer.head_dim)
-            q_nope, q_pe = query[..., :columns], query[..., columns:]
-        else:
-            q_nope = q.view(-1, heads, columns)
-            q_pe = q_rope.view(-1, heads, layer.head_dim - columns)
-        return self._attend(q_nope, q_pe, layer)
+        metadata: EtapMetadata = self.forward_metadata
+        return self._write_and_attend(
+            metadata, q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope
+        )
 
     def forward_extend(
         self,
@@ -258,30 +282,63 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
     ) -> Any:
         """Verify or extend a draft, several causal queries a request; prefill by the parent.
 
+        With an fp8 cache, prefill that attends to latents in the pool is served here too.
         Parameters and result are those of :meth:`forward_decode`.
         """
-        forward = (
-            self.forward_decode
-            if _is_served(forward_batch.forward_mode)
-            else super().forward_extend
-        )
-        return forward(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope)
+        metadata: EtapMetadata | None = None
+        if _is_served(forward_batch.forward_mode):
+            metadata = self.forward_metadata
+        elif layer.v_head_dim == dispatch.HEAD_DIM_CKV:  # else keys and values are given, per head
+            metadata = self._extend_metadata
+        arguments = (q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope)
+        if metadata is None:
+            return super().forward_extend(*arguments)
+        return self._write_and_attend(metadata, *arguments)
 
-    def _attend(self, q_nope: torch.Tensor, q_pe: torch.Tensor, layer: Any) -> torch.Tensor:
-        metadata: EtapMetadata = self.forward_metadata
-        query_len = metadata.query_len
-        expected = metadata.kv_len_arr.shape[0] * query_len
-        if q_nope.shape[0] != expected:
+    def _write_and_attend(
+        self,
+        metadata: EtapMetadata,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        q_rope: torch.Tensor | None,
+        k_rope: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if k is not None and save_kv_cache:
+            location = compat.write_location(forward_batch)
+            if k_rope is not None:
+                self.token_to_kv_pool.set_mla_kv_buffer(layer, location, k, k_rope)
+            else:
+                self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
+        heads, columns = layer.tp_q_head_num, layer.v_head_dim
+        if q_rope is None:
+            query = q.view(-1, heads, layer.head_dim)
+            q_nope, q_pe = query[..., :columns], query[..., columns:]
+        else:
+            q_nope = q.view(-1, heads, columns)
+            q_pe = q_rope.view(-1, heads, layer.head_dim - columns)
+        return self._attend(metadata, q_nope, q_pe, layer)
+
+    def _attend(
+        self, metadata: EtapMetadata, q_nope: torch.Tensor, q_pe: torch.Tensor, layer: Any
+    ) -> torch.Tensor:
+        batch_size, query_len = metadata.kv_len_arr.shape[0], metadata.query_len
+        # Prefill may pad its queries: rows that are no request's are not written.
+        if query_len is not None and q_nope.shape[0] != batch_size * query_len:
             raise ValueError(
-                f"got {q_nope.shape[0]} queries; planned: {metadata.kv_len_arr.shape[0]} requests "
-                f"of {query_len}"
+                f"got {q_nope.shape[0]} queries; planned: {batch_size} requests of {query_len}"
             )
         columns = layer.v_head_dim
         # [slots, 1, 576] as [pages, page_size, 576], a view whatever the strides.
         slots = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         cache = slots.squeeze(1).unflatten(0, (-1, self.page_size))
+        if self._is_fp8:
+            cache = cache.view(torch.uint8)
         out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
-        if expected:
+        if batch_size and q_nope.shape[0]:
             self._kernels[query_len](
                 self._etap_workspace,
                 q_nope,
@@ -294,10 +351,10 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
                 metadata.kv_len_arr,
                 out,
                 None,
-                query_len > 1,
+                query_len != 1,
                 layer.scaling,
                 False,
-                1.0,
+                1.0,  # the cache's scales: SGLang's fp8 cache is a plain cast
                 1.0,
             )
         return out.view(-1, layer.tp_q_head_num * columns)

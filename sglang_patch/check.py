@@ -10,9 +10,10 @@ from . import compat
 
 MODES = (
     ("prefill, chunked prefill, mixed batches", "FlashInfer (SGLang's flashinfer MLA backend)"),
+    ("the same, short prefix in an fp8 cache", "ETAP (FlashInfer would convert the whole pool)"),
     ("decode, with and without CUDA graphs", "ETAP"),
     ("EAGLE/MTP: verify, draft-extend, multi-step draft", "ETAP (topk 1)"),
-    ("cache", "bf16 or fp16, any page size (64 unless you say otherwise); fp8 refused"),
+    ("cache", "bf16, fp16 or fp8_e4m3; any page size (64 unless you say otherwise)"),
     ("heads a GPU", "1 to 128"),
 )
 

@@ -78,19 +78,16 @@ def translates_pages(backend: Any) -> bool:
 def cache_dtype_refusal(kv_cache_dtype: Any) -> str | None:
     """Say why a type of the cache can't be served; None if it can.
 
-    The one place to change when the kernel reads fp8: SGLang stores plain casts, without a scale.
-
     Parameters
     ----------
     kv_cache_dtype : torch.dtype or str
         As the model runner has it, or as given to ``--kv-cache-dtype``.
     """
     name = str(kv_cache_dtype).removeprefix("torch.")
-    if name in ("auto", "bf16", "bfloat16", "float16"):
+    if name in ("auto", "bf16", "bfloat16", "float16", "fp8_e4m3", "float8_e4m3fn"):
         return None
     return (
-        f"it does not read a cache of type {name} yet; use --kv-cache-dtype auto with it, or "
-        "--attention-backend flashmla with an fp8 cache"
+        f"it does not read a cache of type {name}; allowed: --kv-cache-dtype auto, bf16 or fp8_e4m3"
     )
 
 

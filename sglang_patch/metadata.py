@@ -14,14 +14,14 @@ class EtapMetadata:
     """What one step's attention calls need: the kernel's index tensors, and the query length.
 
     ``kv_len_arr`` has one entry a request, and so says how many there are; the others may be
-    longer. ``qo_indptr`` is that of ``query_len`` queries for every request.
+    longer. ``query_len`` is the number of queries of every request, None where they differ in it.
     """
 
     qo_indptr: torch.Tensor
     kv_indptr: torch.Tensor
     kv_indices: torch.Tensor
     kv_len_arr: torch.Tensor
-    query_len: int
+    query_len: int | None
 
 
 @triton.jit(do_not_specialize=["added_tokens"])  # type: ignore[untyped-decorator]
@@ -153,3 +153,11 @@ class IndexBuffers:
             self._kv_len_arr[step, :batch_size],
             query_len,
         )
+
+    def extend_metadata(self, query_lens: torch.Tensor) -> EtapMetadata:
+        """The tensors of as many requests as there are query lengths, which may differ."""
+        batch_size = query_lens.shape[0]
+        qo_indptr = torch.zeros(batch_size + 1, dtype=torch.int32, device=query_lens.device)
+        torch.cumsum(query_lens, 0, dtype=torch.int32, out=qo_indptr[1:])
+        kv_len_arr = self._kv_len_arr[0, :batch_size]
+        return EtapMetadata(qo_indptr, self._kv_indptr, self._kv_indices, kv_len_arr, None)

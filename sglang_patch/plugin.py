@@ -57,7 +57,7 @@ def _register(version: str) -> None:
 
 
 def _resolve_arguments(declared: dict[str, Any], view: Any) -> dict[str, Any]:
-    """Default to pages of 64 tokens, and refuse an fp8 cache before any weight is loaded.
+    """Default to pages of 64 tokens, and refuse other caches before any weight is loaded.
 
     Runs after SGLang's own pass over the page size, while arguments are resolved.
     """

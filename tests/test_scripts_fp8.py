@@ -221,5 +221,5 @@ def test_tables_keep_fp8_apart():
     assert "fp8" not in plain + other
     assert fp8.count("| 16 x 64K |") == 2
     assert "| 160.0 | 400.0 |" in fp8
-    with pytest.raises(ValueError, match=r"needs decode.json with cases of kv_dtype fp8_e4m3"):
-        readme_tables.render(readme_with("fp8"), {"decode": make_evidence(make_case())})
+    without = readme_tables.render(readme_with("fp8"), {"decode": make_evidence(make_case())})
+    assert "Not measured yet." in without

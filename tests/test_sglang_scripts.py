@@ -7,15 +7,17 @@ import json
 import os
 import sys
 import time
+import types
 
 import bench_sglang
 import compare_sglang
+import compare_sglang_fp8
 import make_tiny_checkpoint
 import pytest
 import readme_tables
 import torch
 from sglang_eval import broken, evidence, servers, workload
-from sglang_eval.bench_worker import covered, is_attention
+from sglang_eval.bench_worker import covered, fill_cache, is_attention
 from sglang_eval.workload import Answer, Difference
 
 K = 1024
@@ -138,6 +140,73 @@ def test_a_peer_that_is_far_from_all_does_not_widen_the_bounds():
     assert judged(unnoticed) == ["the comparison with flashmla does not notice a broken backend"]
 
 
+# fp8 cache
+
+
+def fp8_answers(**changes) -> dict:
+    found = {
+        "flashinfer_fp8": answer([5], [-0.50]),
+        "flashmla_fp8": answer([5], [-0.56]),
+        "triton_fp8": answer([5], [-0.58]),
+        "etap_fp8": answer([5], [-0.51]),
+        "etap_fp8_eagle": answer([5], [-0.51]),
+        "broken_fp8": answer([5], [-1.00]),
+        "etap": answer([5], [-0.70]),
+    }
+    return {name: {"short": [each]} for name, each in (found | changes).items()}
+
+
+def fp8_comparison() -> compare_sglang.Comparison:
+    options = argparse.Namespace(peers=compare_sglang_fp8.PEERS, quick=True, time_budget=1.0)
+    comparison = compare_sglang.Comparison(options, None)
+    comparison.groups = comparison.groups[:1]
+    return comparison
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({}, []),
+        ({"etap_fp8": answer([5], [-0.9]), "etap_fp8_eagle": answer([5], [-0.9])}, ["etap and "]),
+        ({"etap_fp8_eagle": answer([5], [-0.9])}, ["etap_fp8 with EAGLE differs"]),
+        ({"broken_fp8": answer([5], [-0.51])}, ["the comparison with "]),
+    ],
+)
+def test_servers_with_an_fp8_cache_are_judged_among_themselves(changes, problems):
+    comparison = fp8_comparison()
+    compare_sglang_fp8.judge_agreement(comparison, fp8_answers(**changes))
+    kinds = {
+        next((p for p in problems if line.startswith(p)), line) for line in comparison.problems
+    }
+    assert kinds == set(problems)
+    found = comparison.found["agreement"]
+    assert found["etap_fp8_etap_bf16"]["worst_logprob"] > 0.15
+    assert found["etap_flashinfer"]["compared_tokens"] == 1
+
+
+def test_drift_ends_where_generations_part():
+    ours = answer([5, 6, 7, 8], [-0.5, -1.0, -1.0, -1.0])
+    other = answer([5, 6, 9, 8], [-0.6, -1.3, -1.0, -9.0])
+    expected = {"tokens": 4, "equal": 2, "share": 0.5, "mean_logprob_change": 0.2}
+    assert compare_sglang_fp8.drift(ours, other) == expected
+    assert compare_sglang_fp8.drift(ours, ours)["share"] == 1.0
+    assert compare_sglang_fp8.drift(ours, answer([1], [0.0]))["equal"] == 0
+
+
+def test_capacity_is_measured_without_a_limit_and_judged(tmp_path):
+    base = compare_sglang.server_arguments(tmp_path, "etap", 1)
+    arguments = compare_sglang_fp8.capacity_arguments(base, compare_sglang_fp8.FP8)
+    assert "--max-total-tokens" not in arguments
+    assert "262144" not in arguments
+    assert len(arguments) == len(base) + 4
+    fraction = len(arguments) - 1 - arguments[::-1].index("--mem-fraction-static")
+    assert arguments[fraction + 1] == "0.2"  # the last one counts
+    for tokens, problems in ((1990, 0), (1500, 1)):
+        comparison = fp8_comparison()
+        compare_sglang_fp8.judge_capacity(comparison, {"auto": 1000, "fp8_e4m3": tokens})
+        assert len(comparison.problems) == problems
+
+
 # Servers
 
 
@@ -240,6 +309,17 @@ def test_kernels_that_overlap_are_counted_once():
     assert covered([]) == 0.0
 
 
+def test_random_caches_are_of_the_pools_type():
+    bf16 = [torch.zeros(300, 1, 576, dtype=torch.bfloat16) for _ in range(2)]
+    fp8 = [torch.zeros(300, 1, 576, dtype=torch.uint8)]
+    for dtype, buffers in ((torch.bfloat16, bf16), (torch.float8_e4m3fn, fp8)):
+        pool = types.SimpleNamespace(dtype=dtype, kv_buffer=buffers)
+        fill_cache(types.SimpleNamespace(token_to_kv_pool=pool))
+        for buffer in buffers:
+            assert 0.95 < buffer.view(dtype).float().std() < 1.05
+    assert not torch.equal(*bf16)
+
+
 def test_backends_cases_are_merged():
     case = {"batch": 1, "context": 4, "step_ms": 1.0}
     found = {"etap": {"cases": [case]}, "fa3": {"cases": [case | {"step_ms": 2.0}]}}
@@ -337,6 +417,30 @@ def test_schema_misses_what_is_missing(updated):
     assert "device is missing" in errors
     assert "command is missing" in errors
     assert "etap has no gpu_us" in errors
+
+
+def test_readme_tables_of_the_fp8_cache(updated):
+    readme = "".join(f"<!-- table:{n} -->\n<!-- /table:{n} -->\n" for n in ("sglang-fp8", "drift"))
+    assert readme_tables.render(readme, {}).count("Not measured yet.") == 2
+    bench = {
+        "backends": {"etap": {}, "flashmla": {}},
+        "cases": [bench_case(etap=2.0, flashmla=3.0)],
+    }
+    updated("bench_fp8", bench)
+    tokens = {"auto": 1000, "fp8_e4m3": 1990}
+    drift = {"tokens": 2048, "equal": 1024, "share": 0.5, "mean_logprob_change": 0.0123}
+    section = {
+        "capacity": {"mem_fraction_static": 0.2, "tokens": tokens, "ratio": 1.99},
+        "drift": {"etap_fp8": {"64": drift}},
+    }
+    content = updated("compare_fp8", section)
+    assert evidence.schema_errors(content) == []
+    text = readme_tables.render(readme, {"sglang": content})
+    assert "| 16 x 32K | 100 | 2.00 (25 %) | 3.00 (25 %) | 1.50 |" in text
+    assert "bf16 1,000, fp8 1,990: 1.99 times" in text
+    assert "equal for 50 % of the generation, log-probabilities there 0.0123 apart" in text
+    del content["bench_fp8"]["cases"][0]["backends"]["etap"]["gpu_us"]
+    assert "bench_fp8: case 0: etap has no gpu_us" in evidence.schema_errors(content)
 
 
 def test_readme_table_before_and_after_the_evidence(updated):

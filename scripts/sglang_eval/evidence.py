@@ -11,7 +11,7 @@ from typing import Any
 
 from decode_bench import evidence
 
-SECTIONS = ("kit", "compare", "bench")
+SECTIONS = ("kit", "kit_fp8", "compare", "compare_fp8", "bench", "bench_fp8")
 PATH_OPTIONS = ("--out", "--work", "--model")
 BENCH_KEYS = ("step_ms", "tokens_per_s", "gpu_us", "attention_us")
 TOP_KEYS = ("csrc_sha256", "device", "versions", "date")
@@ -27,13 +27,20 @@ def schema_errors(content: dict[str, Any]) -> list[str]:
             for key in ("date", "command")
             if section and key not in section
         ]
-    for index, case in enumerate(content.get("bench", {}).get("cases", [])):
+    for section in ("bench", "bench_fp8"):
+        errors += _case_errors(section, content.get(section, {}).get("cases", []))
+    return errors
+
+
+def _case_errors(section: str, cases: list[dict[str, Any]]) -> list[str]:
+    errors = []
+    for index, case in enumerate(cases):
         for key in ("batch", "context", "backends"):
             if key not in case:
-                errors.append(f"bench: case {index}: {key} is missing")
+                errors.append(f"{section}: case {index}: {key} is missing")
         for name, figures in case.get("backends", {}).items():
             errors += [
-                f"bench: case {index}: {name} has no {key}"
+                f"{section}: case {index}: {name} has no {key}"
                 for key in BENCH_KEYS
                 if key not in figures
             ]

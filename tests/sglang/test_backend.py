@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from sglang_eval.fp8_kit import fp8_cache
 
 from etap_flashinfer import jit, reference
 
@@ -108,10 +109,35 @@ class Kernel:
             assert (ckv_scale, kpe_scale) == (1.0, 1.0)
             queries = out.shape[0]
             self.calls.append((variant.short_name, queries))
-            result, _ = reference.mla_paged_attention(*inputs, causal, sm_scale)
-            out.copy_(result)
+            is_fp8 = variant.kv_cache == "fp8"
+            assert inputs[2].dtype == inputs[3].dtype == (torch.uint8 if is_fp8 else out.dtype)
+            q_nope, q_pe, *others = inputs
+            qo_indptr, kv_len_arr = others[2], others[5]
+            total = int(qo_indptr[kv_len_arr.numel()])  # rows behind it are not written
+            result, _ = reference.mla_paged_attention(
+                q_nope[:total],
+                q_pe[:total],
+                *others,
+                causal,
+                sm_scale,
+                kv_cache_format="fp8_e4m3" if is_fp8 else None,
+            )
+            out[:total] = result
 
         return types.SimpleNamespace(run=run, workspace_bytes=lambda index: 64)
+
+
+class FlashInferWrapper:
+    """In place of FlashInfer's: takes every plan, and must not be run."""
+
+    def __init__(self, *arguments, **named) -> None:
+        pass
+
+    def plan(self, *arguments, **named) -> None:
+        pass
+
+    def run(self, *arguments, **named) -> None:
+        raise AssertionError("FlashInfer was to attend")
 
 
 @pytest.fixture
@@ -124,19 +150,26 @@ def kit(plugin, monkeypatch):
     kernel = Kernel()
     monkeypatch.setattr(jit, "get_etap_mla_module", kernel.load)
     for name in ("BatchMLAPagedAttentionWrapper", "BatchPrefillWithRaggedKVCacheWrapper"):
-        stand_in = lambda *arguments, **named: None  # noqa: E731
-        monkeypatch.setattr(flashinfer_mla_backend, name, stand_in, raising=False)
+        monkeypatch.setattr(flashinfer_mla_backend, name, FlashInferWrapper, raising=False)
     zeros = torch.zeros
     # The parent pins host memory in newer versions, which needs a GPU.
     monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **named: zeros(*a, **named))
 
     def write(self, layer, loc, k_nope, k_rope):  # SGLang's is a Triton kernel for GPUs
         loc = getattr(loc, "loc", loc).long()
-        self.kv_buffer[layer.layer_id][loc] = torch.cat([k_nope, k_rope], -1)
+        rows = torch.cat([k_nope, k_rope], -1).to(self.dtype)
+        self.kv_buffer[layer.layer_id][loc] = rows.view(self.store_dtype)
 
     monkeypatch.setattr(MLATokenToKVPool, "set_mla_kv_buffer", write)
     mla_attention.kernel = kernel
     return mla_attention
+
+
+@pytest.fixture
+def fp8_kit(kit):
+    """The same with an fp8 cache."""
+    with fp8_cache(kit):
+        yield kit
 
 
 def make_case(kit, mode, prefixes, new=(), heads=4, page_size=64):
@@ -194,6 +227,65 @@ def test_several_queries_a_request(kit, mode, page_size):
     torch.testing.assert_close(actual, expected, atol=3e-2, rtol=3e-2)
     assert len(kit.kernel.calls) == 1
     assert kit.kernel.calls[0][0].startswith("bf16_n64_")
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_decode_of_an_fp8_cache(fp8_kit, page_size):
+    case = make_case(fp8_kit, "DECODE", (61, 62, 63, 0, 128), page_size=page_size)
+    fp8_kit.run_mla_attention_case(SkipsFail(), case, **SHAPE)
+    loader = "gather" if page_size == 1 else "tma"
+    assert fp8_kit.kernel.calls == [(f"bf16_fp8_n8_{loader}", 5)]
+
+
+def test_verify_of_an_fp8_cache(fp8_kit):
+    fixture = make_fixture(fp8_kit, "TARGET_VERIFY", (4, 62), (3, 3), heads=16)
+    prepare_verify(fixture)
+    actual = fp8_kit.run_mla_fixture_eager(fixture)
+    expected = fp8_kit.expected_mla_fixture_output(fixture)
+    torch.testing.assert_close(actual, expected, atol=3e-2, rtol=3e-2)
+    assert fp8_kit.kernel.calls == [("bf16_fp8_n64_tma", 6)]
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+@pytest.mark.parametrize(
+    ("prefixes", "new"), [((63,), (2,)), ((0, 32, 64), (63, 32, 1)), ((0, 0), (63, 65))]
+)
+def test_prefill_reads_an_fp8_pool_by_the_kernel(fp8_kit, prefixes, new, page_size):
+    """The kit's prefill is in the absorbed form: FlashInfer would convert the whole pool."""
+    case = make_case(fp8_kit, "EXTEND", prefixes, new, heads=16, page_size=page_size)
+    fp8_kit.run_mla_attention_case(SkipsFail(), case, **SHAPE)
+    loader = "gather" if page_size == 1 else "tma"
+    assert fp8_kit.kernel.calls == [(f"bf16_fp8_n64_{loader}", sum(new))]
+
+
+def test_rows_that_pad_prefill_are_no_requests(fp8_kit):
+    fixture = make_fixture(fp8_kit, "EXTEND", (63, 5), (2, 3))
+    plain = fp8_kit.run_mla_fixture_eager(fixture)
+    fixture.input_hidden = torch.cat([fixture.input_hidden, fixture.input_hidden[:2]])
+    locations = fixture.forward_batch.out_cache_loc
+    fixture.forward_batch.out_cache_loc = torch.cat([locations, torch.zeros(2).long()])
+    padded = fp8_kit.run_mla_fixture_eager(fixture)
+    assert padded.shape[0] == plain.shape[0] + 2
+    torch.testing.assert_close(padded[:-2], plain)
+
+
+def test_prefill_with_a_bf16_cache_stays_with_flashinfer(kit):
+    fixture = make_fixture(kit, "EXTEND", (63,), (2,))
+    with pytest.raises(AssertionError, match="FlashInfer was to attend"):
+        kit.run_mla_fixture_eager(fixture)
+    assert kit.kernel.calls == []
+
+
+def test_prefill_with_keys_per_head_stays_with_flashinfer(fp8_kit, monkeypatch):
+    """It reads no more of an fp8 pool than the prefix, which SGLang gathers."""
+    from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
+
+    fixture = make_fixture(fp8_kit, "EXTEND", (63,), (2,))
+    fixture.backend.init_forward_metadata(fixture.forward_batch)
+    monkeypatch.setattr(FlashInferMLAAttnBackend, "forward_extend", lambda *arguments: "FlashInfer")
+    layer = types.SimpleNamespace(v_head_dim=128)
+    arguments = (None, None, None, layer, fixture.forward_batch)
+    assert fixture.backend.forward_extend(*arguments) == "FlashInfer"
 
 
 @pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY"])

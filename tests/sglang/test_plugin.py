@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 
 import pytest
+import torch
 
 
 def test_backend_is_a_choice_once(plugin):
@@ -46,10 +47,23 @@ def test_decode_alone(resolve):
     assert view.prefill_attention_backend == "triton"
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
-def test_fp8_cache_is_refused_with_advice(resolve, dtype):
-    with pytest.raises(ValueError, match=f"etap.*{dtype}.*flashmla"):
-        resolve("--attention-backend", "etap", "--kv-cache-dtype", dtype)
+@pytest.mark.parametrize("flag", ["--attention-backend", "--decode-attention-backend"])
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp8_e4m3"])
+def test_types_of_the_cache_that_are_served(resolve, flag, dtype):
+    assert resolve(flag, "etap", "--kv-cache-dtype", dtype).kv_cache_dtype == dtype
+
+
+@pytest.mark.parametrize("flag", ["--attention-backend", "--decode-attention-backend"])
+def test_other_fp8_caches_are_refused_with_advice(resolve, flag):
+    with pytest.raises(ValueError, match=r"etap.*fp8_e5m2; allowed:.*auto, bf16 or fp8_e4m3"):
+        resolve(flag, "etap", "--kv-cache-dtype", "fp8_e5m2")
+
+
+@pytest.mark.parametrize("dtype", ["mxfp8", "nvfp4", torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_types_of_the_cache_that_are_refused(dtype):
+    from sglang_patch import compat
+
+    assert "allowed:" in compat.cache_dtype_refusal(dtype)
 
 
 def test_models_call_it_with_parts_and_flashmlas_choice_of_prefill(plugin):
