@@ -1,52 +1,56 @@
 #!/usr/bin/env python
-"""Compares real SGLang servers with ``etap`` and with SGLang's own backends, on one GPU.
+"""Compares real SGLang servers with ``etap`` and with SGLang's own backends.
 
-    python scripts/compare_sglang.py                           everything, about three minutes
+    python scripts/compare_sglang.py                           on one GPU, about three minutes
     python scripts/compare_sglang.py --parts plain --quick     short requests only
-    python scripts/compare_sglang.py --parts eagle
-    python scripts/compare_sglang.py --tp 2 --parts plain      on two GPUs
+    python scripts/compare_sglang.py --parts mixed one_batch   mixed chunks; SGLang's one_batch tool
+    python scripts/compare_sglang.py --parts fa3 prefill       where SGLang has FlashAttention-3
+    python scripts/compare_sglang.py --parts tp dp --quick     on two GPUs
 
 All servers run at the same time, on a tiny DeepSeek-V3 whose outputs depend on attention
 (make_tiny_checkpoint.py). Each gets short, context-dependent, shared-prefix, 64 concurrent and
 longer than 32K requests; etap also after some are aborted. Greedy tokens and log-probabilities of
 etap must be as close to each of SGLang's backends as the closest of its peers is, and a server
-whose etap forgets one token must not be.
+whose etap forgets one token must not be. sglang_eval/variants.py has the servers of the other
+parts. Parts that an earlier run found without a problem, with the same sources, stay in the
+evidence.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import pathlib
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import make_tiny_checkpoint
-from sglang_eval import broken, evidence, plugin, workload
+from sglang_eval import broken, evidence, plugin, variants, workload
+from sglang_eval.one_batch import OneBatch
 from sglang_eval.servers import START, Server, ServerError, log, running
-from sglang_eval.workload import Answer, Difference
+from sglang_eval.workload import Answer, Difference, is_within
 
 Answers = dict[str, list[Answer]]  # by the group's name
 
-PARTS = ("plain", "eagle", "pages")
+DEFAULT_PARTS = ("plain", "eagle", "pages")
+PARTS = (*DEFAULT_PARTS, *variants.VARIANTS, "one_batch")
 PEERS = ("flashmla", "flashinfer", "triton")
 EAGLE = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3")
 EAGLE += ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
-# Allowed beyond what SGLang's backends differ by among themselves: a factor and a floor.
-FACTOR, FLOOR = 1.5, 0.05
 # Of the time, what servers may take to start.
 START_SHARE = 0.8
 
 
-def server_arguments(model: pathlib.Path, backend: str, tp: int) -> list[str]:
+def server_arguments(model: pathlib.Path, backend: str) -> list[str]:
     values = {
         "--model-path": model,
         "--attention-backend": backend,
-        "--tp-size": tp,
         "--sampling-backend": "pytorch",
         "--grammar-backend": "none",
         "--context-length": 49152,
@@ -62,7 +66,6 @@ def server_arguments(model: pathlib.Path, backend: str, tp: int) -> list[str]:
         "--skip-tokenizer-init",
         "--disable-custom-all-reduce",
         "--disable-flashinfer-autotune",
-        "--sleep-on-idle",  # a dozen servers that spin would slow each other down
     ]
     pairs = [str(part) for pair in values.items() for part in pair]
     return [*pairs, *flags]
@@ -78,13 +81,36 @@ class Comparison:
         self.problems: list[str] = []
         self.found: dict[str, Any] = {}
         self.groups = workload.groups(options.quick)
+        if "mixed" in options.parts:
+            # There is nothing to mix but among concurrent requests.
+            every = workload.groups(quick=False)
+            wanted = {"concurrent", *(group.name for group in self.groups)}
+            self.groups = [group for group in every if group.name in wanted]
+        self.without_logprobs: set[str] = set()
         # How far SGLang's backends are apart: found by the part "plain", until then a guess that
         # is far below what the control shows.
         self.among = Difference(worst_logprob=0.15, worst_gap=0.15)
 
     def start(self, name: str, backend: str, *extra: str, **environment: str) -> Server:
-        arguments = [*server_arguments(self.model, backend, self.options.tp), *extra]
+        arguments = [*server_arguments(self.model, backend), *extra]
+        if "--tp-size" not in extra:
+            # A dozen servers that spin would slow each other down; ranks would wait for sleepers.
+            arguments.append("--sleep-on-idle")
         return Server(name, arguments, self.options.work, environment)
+
+    def start_variant(self, variant: variants.Variant) -> list[Server]:
+        """Start a part's servers; what comes twice among a server's arguments, counts last."""
+        extra: list[str] = []
+        if variant.heads is not None:
+            model = self.options.work / f"tiny_{variant.heads}_heads"
+            make_tiny_checkpoint.write(model, seed=0, heads=variant.heads)
+            extra = ["--model-path", str(model)]
+        if not variant.has_logprobs:
+            self.without_logprobs |= variant.servers.keys()
+        return [
+            self.start(name, backend, *options, *extra, **variants.environment_of(variant))
+            for name, (backend, options) in variant.servers.items()
+        ]
 
     def left(self) -> float:
         return max(5.0, self.deadline - time.monotonic())
@@ -94,7 +120,8 @@ class Comparison:
         answers: Answers = {}
         try:
             for group in self.groups:
-                answers[group.name] = workload.run(server, group, self.left())
+                has_logprobs = server.name not in self.without_logprobs
+                answers[group.name] = workload.run(server, group, self.left(), has_logprobs)
         except Exception as error:  # the other servers' answers are not to be lost
             self.problem(f"{server.name}: no answers: {type(error).__name__}: {error}")
         return answers
@@ -132,14 +159,6 @@ def compared(name: str, first: Answers, second: Answers) -> Difference:
     return found
 
 
-def is_within(found: Difference, allowed: Difference) -> bool:
-    return (
-        found.compared_tokens > 0
-        and found.worst_logprob <= FACTOR * allowed.worst_logprob + FLOOR
-        and found.worst_gap <= FACTOR * max(allowed.worst_gap, allowed.worst_logprob) + FLOOR
-    )
-
-
 def check_context(comparison: Comparison, name: str, answers: list[Answer]) -> None:
     """The checkpoint's control: one last token must not have the same successors everywhere."""
     first = answers[0].top[0]
@@ -168,6 +187,9 @@ def servers_of(comparison: Comparison) -> list[Server]:
         decode_only = ["--decode-attention-backend", "etap"]
         decode_only += ["--prefill-attention-backend", "triton"]
         servers.append(comparison.start("etap_decode_only", "triton", *decode_only))
+    for part, variant in variants.VARIANTS.items():
+        if part in parts:
+            servers += comparison.start_variant(variant)
     return servers
 
 
@@ -271,8 +293,62 @@ def judge_pages(comparison: Comparison, answers: dict[str, Answers]) -> None:
     comparison.found["pages"] = results
 
 
+def judge_beside_etap(part: str, comparison: Comparison, answers: dict[str, Answers]) -> None:
+    """Servers of a part against etap: nothing but rounding may tell them apart."""
+    results = {}
+    for name in variants.VARIANTS[part].servers.keys() & answers.keys():
+        found = compared(f"{name} and etap", answers[name], answers["etap"])
+        results[name] = workload.as_json(found)
+        if not is_within(found, comparison.among):
+            comparison.problem(f"{name} and etap differ more than SGLang's backends do")
+    comparison.found[part] = results
+
+
+def judge_mixed(comparison: Comparison, answers: dict[str, Answers]) -> None:
+    """Decode mixed into prefill batches: as close to etap without as flashmla is, or closer."""
+    names = [name for name in ("flashmla_mixed", "etap_mixed") if name in answers]
+    found = {name: compared(f"{name} and etap", answers[name], answers["etap"]) for name in names}
+    results: dict[str, Any] = {name: workload.as_json(each) for name, each in found.items()}
+    if "etap_mixed" in found:
+        allowed = [comparison.among, *(found[name] for name in names if name == "flashmla_mixed")]
+        if not any(is_within(found["etap_mixed"], each) for each in allowed):
+            comparison.problem("etap_mixed differs from etap, and more than flashmla_mixed")
+        log_path = comparison.options.work / "server.etap_mixed.log"
+        results["mixed_batches"] = variants.mixed_batches(log_path.read_text(errors="replace"))
+        log(f"etap_mixed: {results['mixed_batches']} mixed batches")
+        if not results["mixed_batches"]:
+            comparison.problem("etap_mixed: no batch was mixed")
+    comparison.found["mixed"] = results
+
+
+def judge_gpus(part: str, comparison: Comparison, answers: dict[str, Answers]) -> None:
+    """Two GPUs: etap against SGLang's backends with the same options."""
+    ours, *peers = variants.VARIANTS[part].servers
+    if not all(answers.get(name) for name in (ours, *peers)):
+        comparison.problem(f"{part}: not all of {ours}, {', '.join(peers)} answered")
+        return
+    allowed = compared(" and ".join(peers), *(answers[name] for name in peers))
+    results = {"_".join(peers): workload.as_json(allowed)}
+    for name in peers:
+        found = compared(f"{ours} and {name}", answers[ours], answers[name])
+        results[f"{ours}_{name}"] = workload.as_json(found)
+        if not is_within(found, allowed):
+            comparison.problem(f"{ours} and {name} differ more than {' and '.join(peers)} do")
+    check_context(comparison, ours, answers[ours]["context"])
+    comparison.found[part] = results
+
+
 # In this order: the first finds what the others are measured with.
-JUDGES = {"plain": judge_plain, "eagle": judge_eagle, "pages": judge_pages}
+JUDGES: dict[str, Callable[[Comparison, dict[str, Answers]], None]] = {
+    "plain": judge_plain,
+    "eagle": judge_eagle,
+    "pages": judge_pages,
+    "fa3": functools.partial(judge_beside_etap, "fa3"),
+    "prefill": functools.partial(judge_beside_etap, "prefill"),
+    "mixed": judge_mixed,
+    "tp": functools.partial(judge_gpus, "tp"),
+    "dp": functools.partial(judge_gpus, "dp"),
+}
 
 
 def compare(comparison: Comparison) -> None:
@@ -293,13 +369,32 @@ def compare(comparison: Comparison) -> None:
     judge_after_abort(comparison, aborted, answers["etap"], after)
 
 
+def run_parts(comparison: Comparison) -> None:
+    """The tools and the servers; the tool starts with the servers, and ends meanwhile."""
+    options = comparison.options
+    if missing := variants.missing_gpus(options.parts):
+        comparison.problem(missing)
+        return
+    tool = None
+    try:
+        if "one_batch" in options.parts:
+            tool = OneBatch(options.work, make_tiny_checkpoint.CONFIG)
+        if set(options.parts) != {"one_batch"}:
+            compare(comparison)
+        if tool is not None:
+            comparison.found["one_batch"] = tool.result(comparison.left())
+            log(f"one_batch: {comparison.found['one_batch']}")
+    finally:
+        if tool is not None:
+            tool.stop()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS)
     parser.add_argument("--peers", nargs="+", default=PEERS, help=f"default: {' '.join(PEERS)}")
-    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size (1)")
     parser.add_argument("--quick", action="store_true", help="short requests only")
     parser.add_argument("--time-budget", type=float, default=420.0, help="seconds (420)")
     parser.add_argument("--model", type=pathlib.Path, help="made if not given")
@@ -315,12 +410,12 @@ def main(arguments: list[str] | None = None) -> int:
         log(f"checkpoint in {model}")
     comparison = Comparison(options, model)
     try:
-        compare(comparison)
+        run_parts(comparison)
     except Exception as error:  # what was found before is not to be lost
         traceback.print_exc()
         comparison.problem(f"{type(error).__name__}: {error}")
-    content = {"tp": options.tp, "problems": comparison.problems, **comparison.found}
-    print(f"written: {evidence.update(options.out, 'compare', content)}")
+    content = {"problems": comparison.problems, **comparison.found}
+    print(f"written: {evidence.update(options.out, 'compare', content, keep=PARTS)}")
     for problem in comparison.problems:
         print(f"PROBLEM: {problem}")
     print("FAILED" if comparison.problems else "PASSED")

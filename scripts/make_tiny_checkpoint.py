@@ -35,6 +35,7 @@ CONFIG: dict[str, Any] = DEEPSEEK_V3 | {
     "aux_loss_alpha": 0.001,
     "num_nextn_predict_layers": 1,
 }
+HEADS: int = CONFIG["num_attention_heads"]
 SCORE_STD = 2.5
 BIGRAM = 0.7  # weight of the permutation in the output layer
 OUTPUT_STD = 4.0  # of the logits that do not come from it
@@ -43,7 +44,8 @@ OUTPUT_STD = 4.0  # of the logits that do not come from it
 class Weights:
     """Random matrices by name, each of a given gain: variance of output over that of input."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, heads: int) -> None:
+        self.heads = heads
         self.generator = torch.Generator().manual_seed(seed)
         self.tensors: dict[str, torch.Tensor] = {}
 
@@ -58,7 +60,7 @@ class Weights:
 
     def attention(self, name: str, gain: float) -> None:
         c = CONFIG
-        hidden, heads, rank = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
+        hidden, heads, rank = c["hidden_size"], self.heads, c["kv_lora_rank"]
         nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
         self.linear(f"{name}.q_a_proj", c["q_lora_rank"], hidden)
         self.ones(f"{name}.q_a_layernorm", c["q_lora_rank"])
@@ -88,9 +90,10 @@ class Weights:
         self.tensors["lm_head.weight"] = head
 
 
-def make_weights(seed: int) -> dict[str, torch.Tensor]:
+def make_weights(seed: int, heads: int = HEADS) -> dict[str, torch.Tensor]:
     """All tensors of the checkpoint, bf16 but for the router's bias."""
-    weights, layers, hidden = Weights(seed), CONFIG["num_hidden_layers"], CONFIG["hidden_size"]
+    weights = Weights(seed, heads)
+    layers, hidden = CONFIG["num_hidden_layers"], CONFIG["hidden_size"]
     embedding = weights.random(CONFIG["vocab_size"], hidden)
     weights.tensors["model.embed_tokens.weight"] = embedding
     weights.output(embedding)
@@ -119,13 +122,14 @@ def make_weights(seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(directory: pathlib.Path, seed: int) -> None:
+def write(directory: pathlib.Path, seed: int, heads: int = HEADS) -> None:
     """Write ``config.json`` and ``model.safetensors``."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(make_weights(seed), directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+    save_file(make_weights(seed, heads), directory / "model.safetensors", metadata={"format": "pt"})
+    config = CONFIG | {"num_attention_heads": heads, "num_key_value_heads": heads}
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 @torch.no_grad()

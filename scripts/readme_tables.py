@@ -155,7 +155,7 @@ def validation_table(found: Found) -> str:
 
 
 def reliability_table(found: Found) -> str:
-    """Random calls against float64 and the cost of validate, as far as they were measured."""
+    """Random calls, the cost of validate and the long run, as far as they were measured."""
     rows, sources = [], []
     if "fuzz" in found:
         sources.append(found["fuzz"])
@@ -171,9 +171,36 @@ def reliability_table(found: Found) -> str:
             shape = f"{plan['batch']} x {report.tokens(plan['context'])}, page {plan['page_size']}"
             text = f"{plan['us']:.0f} us, with `validate=True` {plan['us_validated']:.0f} us"
             rows.append([f"`plan()` of {shape}", text])
+    if "soak" in found:
+        sources.append(found["soak"])
+        rows += soak_rows(found["soak"]["soak"])
     if not rows:
         return NOT_MEASURED
     return markdown(["what", "outcome"], rows) + "".join(dict.fromkeys(map(provenance, sources)))
+
+
+def soak_rows(soak: dict[str, Any]) -> list[list[str]]:
+    """The long run of an SGLang server; what a run that broke off did not reach is left out."""
+    problems = len(soak["problems"])
+    rows = [["SGLang server under mixed requests", f"{problems} problems"]]
+    if "seconds" in soak:
+        answered = sum(sum(outcomes.values()) for outcomes in soak["requests"].values())
+        left = soak["requests"].get("disconnect", {}).get("disconnected", 0)
+        aborted = soak["requests"].get("abort", {}).get("aborted", 0)
+        text = f"{answered:,}, of them {aborted:,} aborted and {left:,} left by the client"
+        rows.append([f"requests in {soak['seconds'] / 60:.1f} minutes", text])
+    if "retracted_requests" in soak:
+        text = f"{soak['retracted_requests']:,} times; {soak['log_errors']} errors in the log"
+        rows.append(["requests taken back because the cache was full", text])
+    if "beyond" in soak.get("samples", {}):
+        samples = soak["samples"]
+        text = f"{samples['beyond']} of {samples['compared']:,} differ"
+        rows.append([f"answers against those of {' and '.join(samples['peers'])}", text])
+    if "memory_mib" in soak:
+        memory = soak["memory_mib"]
+        text = f"+{memory['growth_in_second_half']} MiB (limit {memory['limit']} MiB)"
+        rows.append(["GPU memory in the second half", text])
+    return rows
 
 
 def sglang_table(found: Found) -> str:
@@ -233,7 +260,7 @@ def _step(figures: dict[str, Any] | None) -> str:
 
 
 EVIDENCE = (
-    *("decode", "validation", "sglang", "fuzz", "plan_check"),
+    *("decode", "validation", "sglang", "fuzz", "plan_check", "soak"),
     *("l2_tiles", "h20_emulation"),
 )
 TABLES = {

@@ -1,8 +1,8 @@
 """Run one of SGLang's tools with its plugins loaded: ``python -m sglang_patch.run MODULE [...]``.
 
-``sglang.bench_one_batch`` and its like never load plugins and so do not know ``etap``:
+``sglang.benchmark.one_batch`` and its like never load plugins and so do not know ``etap``:
 
-    python -m sglang_patch.run sglang.bench_one_batch --attention-backend etap --model-path ...
+    python -m sglang_patch.run sglang.benchmark.one_batch --attention-backend etap --model-path ...
 """
 
 import runpy

@@ -110,7 +110,7 @@ def test_broken_plugin_is_found_on_the_path(tmp_path, monkeypatch):
 
 
 def judged(answers, peers=("flashmla", "triton", "flashinfer")) -> list[str]:
-    options = argparse.Namespace(peers=peers, quick=True, time_budget=1.0)
+    options = argparse.Namespace(peers=peers, parts=["plain"], quick=True, time_budget=1.0)
     comparison = compare_sglang.Comparison(options, None)
     comparison.groups = comparison.groups[:1]
     compare_sglang.judge_plain(
@@ -397,6 +397,26 @@ def test_sections_are_kept_while_the_sources_are_the_same(updated):
     assert "kit" not in alone
     with pytest.raises(ValueError, match="section is 'x'"):
         updated("x", {})
+
+
+def test_parts_stay_until_they_are_found_again(updated, tmp_path):
+    path = tmp_path / "h200" / "sglang.json"
+
+    def update(content):
+        evidence.update(path, "compare", content, keep=("plain", "tp"))
+        return json.loads(path.read_text())["compare"]
+
+    first = update({"problems": [], "plain": {"a": 1}})
+    second = update({"problems": [], "tp": {"b": 1}})
+    assert second["plain"]["a"] == 1
+    assert second["plain"]["command"] == first["command"]
+    third = update({"problems": ["broken"], "plain": {"a": 2}})
+    assert third["plain"] == {"a": 2}
+    assert third["tp"]["b"] == 1
+    # What comes from a run with problems does not stay.
+    assert "plain" not in update({"problems": [], "tp": {"b": 2}})
+    updated("kit", {}, csrc="b" * 64)
+    assert update({"problems": []}).keys() == {"date", "command", "problems"}
 
 
 def test_commands_do_not_name_the_hosts_directories():

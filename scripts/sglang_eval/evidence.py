@@ -7,6 +7,7 @@ import os
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from decode_bench import evidence
@@ -56,7 +57,9 @@ def command_of(arguments: list[str]) -> str:
     return shlex.join(["python", *kept])
 
 
-def update(path: pathlib.Path | None, section: str, content: dict[str, Any]) -> pathlib.Path:
+def update(
+    path: pathlib.Path | None, section: str, content: dict[str, Any], keep: Sequence[str] = ()
+) -> pathlib.Path:
     """Put a section into the evidence file, and keep those measured with the same sources.
 
     Parameters
@@ -67,6 +70,9 @@ def update(path: pathlib.Path | None, section: str, content: dict[str, Any]) -> 
         One of ``SECTIONS``.
     content : dict
         What was found. Date and command are added.
+    keep : sequence of str
+        Parts of the section that stay as an earlier run found them, each with that run's date and
+        command, if ``content`` has none of that name and that run had no problems.
 
     Returns
     -------
@@ -82,6 +88,11 @@ def update(path: pathlib.Path | None, section: str, content: dict[str, Any]) -> 
     kept = {}
     if before.get("csrc_sha256") == header["csrc_sha256"]:
         kept = {name: before[name] for name in SECTIONS if name in before}
+    earlier = kept.get(section, {})
+    origin = {key: earlier.get(key) for key in ("date", "command")}
+    for name in keep if not earlier.get("problems") else ():
+        if name in earlier and name not in content:
+            content = content | {name: origin | earlier[name]}
     kept[section] = {"date": header["date"], "command": command_of(sys.argv), **content}
     text = json.dumps({**header, **kept}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)

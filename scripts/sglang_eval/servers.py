@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -136,6 +136,69 @@ class Server:
             raise ServerError(f"{self.name}: {path}: {error}\n{self.tail()}") from error
         return json.loads(text) if text.strip() else None
 
+    @contextmanager
+    def stream(
+        self, path: str, body: dict[str, Any], timeout: float
+    ) -> Iterator[Iterator[dict[str, Any]]]:
+        """POST JSON, yield the events that come back; leaving early closes the connection.
+
+        ``timeout`` is that of each single read. An event that says an error raises ServerError.
+        """
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps({**body, "stream": True}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+
+        def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+            for line in lines:
+                if not line.startswith(b"data:"):
+                    continue
+                text = line.removeprefix(b"data:").strip()
+                if text == b"[DONE]":
+                    return
+                event = json.loads(text)
+                if "error" in event:
+                    raise ServerError(f"{self.name}: {path}: {event['error']}")
+                yield event
+            raise ServerError(f"{self.name}: {path}: the stream ended before it was done")
+
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            yield events(answer)
+
+    def status(self, path: str, timeout: float) -> int:
+        """GET, return the HTTP status."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=timeout) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return int(error.code)
+
+    def shut_down(self, seconds: float) -> float:
+        """Ask the server to end as an operator does, SIGTERM to its first process only.
+
+        Returns
+        -------
+        float
+            Seconds until no process of its group was left.
+
+        Raises
+        ------
+        ServerError
+            If one was still there after ``seconds``.
+        """
+        start = time.monotonic()
+        with suppress(ProcessLookupError):
+            self.process.terminate()
+        while time.monotonic() < start + seconds:
+            self.process.poll()  # reaps it
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return time.monotonic() - start
+            time.sleep(0.2)
+        raise ServerError(f"{self.name}: still there {seconds:.0f} s after SIGTERM\n{self.tail()}")
+
     def stop(self) -> None:
         """End the whole process group."""
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -166,9 +229,14 @@ def running(servers: Sequence[Server], deadline: float) -> Iterator[dict[str, Se
                 ready[server.name] = server
         yield ready
     finally:
-        for server in servers:  # all at once, each takes seconds
-            with suppress(ProcessLookupError):
-                os.killpg(server.process.pid, signal.SIGTERM)
-        for server in servers:
-            server.stop()
+        stop_all(servers)
         log("servers stopped")
+
+
+def stop_all(servers: Sequence[Server]) -> None:
+    """End servers, all at once: each takes seconds."""
+    for server in servers:
+        with suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGTERM)
+    for server in servers:
+        server.stop()

@@ -12,6 +12,8 @@ from .servers import Server, log
 
 VOCABULARY = 1024
 TOP = 8  # log-probabilities asked for at each step
+# Allowed beyond what SGLang's backends differ by among themselves: a factor and a floor.
+FACTOR, FLOOR = 1.5, 0.05
 
 
 @dataclasses.dataclass
@@ -22,6 +24,7 @@ class Answer:
     logprobs: list[float]  # empty if the server gave none
     top: list[dict[int, float]]  # token -> log-probability, of the TOP most likely; or empty
     accept_length: float | None = None
+    retractions: int = 0
 
     def gap_to(self, step: int, other_token: int) -> float:
         """How much likelier this answer's token was than another; infinite if not in ``top``."""
@@ -36,14 +39,15 @@ def prompt(seed: str, length: int) -> list[int]:
     return [generator.randrange(2, VOCABULARY) for _ in range(length)]
 
 
-def answer_of(server: Server, tokens: list[int], new_tokens: int, timeout: float) -> Answer:
-    body = {
+def answer_of(
+    server: Server, tokens: list[int], new_tokens: int, timeout: float, logprobs: bool = True
+) -> Answer:
+    body: dict[str, Any] = {
         "input_ids": tokens,
         "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
-        "return_logprob": True,
-        "logprob_start_len": -1,
-        "top_logprobs_num": TOP,
     }
+    if logprobs:
+        body |= {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": TOP}
     reply = server.post("/generate", body, timeout)
     meta = reply["meta_info"]
     # With speculative decoding a version may leave log-probabilities out, but never tokens.
@@ -54,6 +58,7 @@ def answer_of(server: Server, tokens: list[int], new_tokens: int, timeout: float
         [float(entry[0]) for entry in pairs],
         [{int(e[1]): float(e[0]) for e in entry or ()} for entry in tops],
         meta.get("spec_accept_length"),
+        meta.get("num_retractions") or 0,
     )
 
 
@@ -87,13 +92,13 @@ def groups(quick: bool) -> list[Group]:
     return found[:3] if quick else found
 
 
-def run(server: Server, group: Group, timeout: float) -> list[Answer]:
+def run(server: Server, group: Group, timeout: float, logprobs: bool = True) -> list[Answer]:
     """All answers of a group, in the order of its prompts."""
     start = time.monotonic()
     workers = len(group.prompts) if group.parallel else 1
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         pending = [
-            pool.submit(answer_of, server, tokens, group.new_tokens, timeout)
+            pool.submit(answer_of, server, tokens, group.new_tokens, timeout, logprobs)
             for tokens in group.prompts
         ]
         answers = [future.result() for future in pending]
@@ -164,6 +169,19 @@ def difference(first: list[Answer], second: list[Answer]) -> Difference:
                 apart = abs(one.logprobs[step] - other.logprobs[step])
                 total.worst_logprob = max(total.worst_logprob, apart)
     return total
+
+
+def is_close(found: Difference, allowed: Difference) -> bool:
+    """Whether answers are hardly further apart than those of two backends that are right."""
+    return (
+        found.worst_logprob <= FACTOR * allowed.worst_logprob + FLOOR
+        and found.worst_gap <= FACTOR * max(allowed.worst_gap, allowed.worst_logprob) + FLOOR
+    )
+
+
+def is_within(found: Difference, allowed: Difference) -> bool:
+    """Whether answers are close, and not for want of anything to compare."""
+    return found.compared_tokens > 0 and is_close(found, allowed)
 
 
 def as_json(found: Difference) -> dict[str, Any]:
