@@ -1,9 +1,10 @@
 """Compile the kernel variants for sm_90a and check what ptxas made of them. Needs no GPU.
 
 Fails on register spills, on WGMMAs that ptxas serialised, on local memory in the SASS, and on WGMMA
-shapes other than the row tile's own: 64 x row_tile for S^T = K Q^T and 64 x min(2 row_tile, 64)
-for O^T = V^T P^T, where P's high and low parts lie side by side. With an fp8 cache P has one part,
-and the operands are fp16 or bf16, to which e4m3 converts exactly. The SASS is read with nvdisasm
+shapes other than the row tile's own: 64 x row_tile for S^T = K Q^T and 64 x 2 row_tile for O^T =
+V^T P^T, where P's high and low parts lie side by side; of 64 rows, which fill M themselves, 64 x 64
+for S = Q K^T and 64 x 256 for O = P V. With an fp8 cache P has one part, and the operands are fp16,
+to which e4m3 converts exactly. The SASS is read with nvdisasm
 (of the CUDA toolkit, or ``pip install nvidia-cuda-nvdisasm``); without it that part is left out,
 and the output says so.
 """
@@ -57,10 +58,13 @@ class VariantReport:
 
 
 def expected_wgmma_shapes(variant: EtapMlaVariant) -> set[tuple[int, int, int]]:
-    """WGMMA shapes (M, N, K): K Q^T, and V^T times P, in two parts unless the cache is of fp8."""
+    """WGMMA shapes (M, N, K) of both products; P in two parts unless the cache is of fp8."""
     row_tile = variant.row_tile
-    parts = 2 if variant.kv_cache == "same" else 1
-    return {(64, row_tile, 16), (64, min(parts * row_tile, 64), 16)}
+    if variant.kv_cache != "same":
+        return {(64, row_tile, 16)}
+    if row_tile == 64:  # rows on M
+        return {(64, 64, 16), (64, 256, 16)}
+    return {(64, row_tile, 16), (64, 2 * row_tile, 16)}
 
 
 def parse_ptxas(output: str) -> list[KernelUsage]:

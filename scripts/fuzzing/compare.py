@@ -46,7 +46,7 @@ RMSE_BOUND = 1.15
 MIN_PARTICIPATION = 16
 RMSE_BOUND_ONE_PART = 1.5
 MIN_PARTICIPATION_ONE_PART = 256
-# csrc/etap_mla_traits.cuh, kLongestSplitPRequest: of row tiles up to 32, and of 64.
+# kLongestSplitPRequest in csrc/etap_mla_traits.cuh (row tiles up to 32), etap_mla_rows_traits.cuh.
 TWO_PART_TOKENS = 8192
 TWO_PART_TOKENS_64_ROWS = 1024
 
