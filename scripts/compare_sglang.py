@@ -40,6 +40,7 @@ Answers = dict[str, list[Answer]]  # by the group's name
 
 DEFAULT_PARTS = ("plain", "eagle", "pages")
 PARTS = (*DEFAULT_PARTS, *variants.VARIANTS, "one_batch")
+KEPT = (*PARTS, "after_abort")
 PEERS = ("flashmla", "flashinfer", "triton")
 EAGLE = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3")
 EAGLE += ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
@@ -415,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         comparison.problem(f"{type(error).__name__}: {error}")
     content = {"problems": comparison.problems, **comparison.found}
-    print(f"written: {evidence.update(options.out, 'compare', content, keep=PARTS)}")
+    print(f"written: {evidence.update(options.out, 'compare', content, keep=KEPT)}")
     for problem in comparison.problems:
         print(f"PROBLEM: {problem}")
     print("FAILED" if comparison.problems else "PASSED")

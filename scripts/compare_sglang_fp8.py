@@ -11,7 +11,8 @@ pool), and a server whose etap forgets one token must not be; with EAGLE it must
 drift: greedy generations of 2,048 tokens with an fp8 and with a bf16 cache, reported, not judged.
 capacity: tokens that the cache holds at the same memory fraction; must be nearly twice as many.
 Servers, checkpoint and requests are those of compare_sglang.py. Writes the section "compare_fp8"
-of results/<gpu>/sglang.json.
+of results/<gpu>/sglang.json; parts that an earlier run found without a problem, with the same
+sources, stay.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def judge_agreement(comparison: Comparison, answers: dict[str, Answers]) -> None
             "etap_fp8 with EAGLE and without", answers["etap_fp8_eagle"], answers["etap_fp8"]
         )
         results["etap_eagle"] = workload.as_json(found)
-        if not compare_sglang.is_within(found, comparison.among):
+        if not workload.is_within(found, comparison.among):
             comparison.problem("etap_fp8 with EAGLE differs from etap_fp8 without")
     comparison.found["agreement"] = results
 
@@ -119,7 +120,7 @@ def measure_drift(comparison: Comparison, ready: dict[str, Server]) -> None:
             for length, each in results[name].items()
         )
         log(f"{name} against etap with a bf16 cache: {text}")
-    comparison.found["drift"] = results
+    comparison.found["drift"] = {"against": "etap", "servers": results}
 
 
 def capacity_arguments(arguments: list[str], extra: tuple[str, ...]) -> list[str]:
@@ -133,7 +134,7 @@ def capacity_arguments(arguments: list[str], extra: tuple[str, ...]) -> list[str
 def measure_capacity(comparison: Comparison) -> None:
     """Tokens that fit, one server after the other: each takes its part of what is free."""
     options = comparison.options
-    base = compare_sglang.server_arguments(comparison.model, "etap", options.tp)
+    base = compare_sglang.server_arguments(comparison.model, "etap")
     tokens: dict[str, int] = {}
     for name, extra in (("auto", ()), ("fp8_e4m3", FP8)):
         arguments = capacity_arguments(base, extra)
@@ -191,7 +192,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=pathlib.Path, help="logs and caches; temporary if not given")
     parser.add_argument("--out", type=pathlib.Path, help="results/<gpu>/sglang.json")
     options = parser.parse_args(arguments)
-    options.tp = 1
     options.work = options.work or pathlib.Path(tempfile.mkdtemp(prefix="etap_sglang_"))
     plugin.ensure_discoverable()
     model = options.model
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         comparison.problem(f"{type(error).__name__}: {error}")
     content: dict[str, Any] = {"problems": comparison.problems, **comparison.found}
-    print(f"written: {evidence.update(options.out, 'compare_fp8', content)}")
+    print(f"written: {evidence.update(options.out, 'compare_fp8', content, keep=PARTS)}")
     for problem in comparison.problems:
         print(f"PROBLEM: {problem}")
     print("FAILED" if comparison.problems else "PASSED")

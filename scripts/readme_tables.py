@@ -241,7 +241,7 @@ def drift_table(found: Found) -> str:
         bf16, fp8 = (capacity["tokens"][name] for name in ("auto", "fp8_e4m3"))
         name = f"tokens of cache at `--mem-fraction-static {capacity['mem_fraction_static']}`"
         rows.append([name, f"bf16 {bf16:,}, fp8 {fp8:,}: {capacity['ratio']:.2f} times as many"])
-    for name, prompts in section.get("drift", {}).items():
+    for name, prompts in section.get("drift", {}).get("servers", {}).items():
         shares = [f"{100 * each['share']:.0f} %" for each in prompts.values()]
         changes = [f"{each['mean_logprob_change']:.4f}" for each in prompts.values()]
         what = f"{name} against etap with a bf16 cache, prompts of {', '.join(prompts)} tokens"

@@ -157,7 +157,9 @@ def fp8_answers(**changes) -> dict:
 
 
 def fp8_comparison() -> compare_sglang.Comparison:
-    options = argparse.Namespace(peers=compare_sglang_fp8.PEERS, quick=True, time_budget=1.0)
+    options = argparse.Namespace(
+        peers=compare_sglang_fp8.PEERS, parts=compare_sglang_fp8.PARTS, quick=True, time_budget=1.0
+    )
     comparison = compare_sglang.Comparison(options, None)
     comparison.groups = comparison.groups[:1]
     return comparison
@@ -184,6 +186,25 @@ def test_servers_with_an_fp8_cache_are_judged_among_themselves(changes, problems
     assert found["etap_flashinfer"]["compared_tokens"] == 1
 
 
+def test_servers_that_do_not_start_are_in_the_evidence(tmp_path, monkeypatch):
+    commands, written = [], []
+    popen = servers.subprocess.Popen
+
+    def fail_to_start(command, **named):
+        commands.append(command)
+        return popen([sys.executable, "-c", "raise SystemExit(1)"], **named)
+
+    monkeypatch.setattr(servers.subprocess, "Popen", fail_to_start)
+    monkeypatch.setattr(compare_sglang_fp8.plugin, "ensure_discoverable", lambda: None)
+    monkeypatch.setattr(evidence, "update", lambda *given, keep: written.append((*given, keep)))
+    assert compare_sglang_fp8.main(["--work", str(tmp_path), "--model", "tiny"]) == 1
+    ((_, section, content, keep),) = written
+    assert (section, keep) == ("compare_fp8", compare_sglang_fp8.PARTS)
+    assert len(content["problems"]) == len(commands) == 8
+    assert all(problem.endswith(": did not start") for problem in content["problems"])
+    assert sum("fp8_e4m3" in command for command in commands) == 6
+
+
 def test_drift_ends_where_generations_part():
     ours = answer([5, 6, 7, 8], [-0.5, -1.0, -1.0, -1.0])
     other = answer([5, 6, 9, 8], [-0.6, -1.3, -1.0, -9.0])
@@ -194,7 +215,7 @@ def test_drift_ends_where_generations_part():
 
 
 def test_capacity_is_measured_without_a_limit_and_judged(tmp_path):
-    base = compare_sglang.server_arguments(tmp_path, "etap", 1)
+    base = compare_sglang.server_arguments(tmp_path, "etap")
     arguments = compare_sglang_fp8.capacity_arguments(base, compare_sglang_fp8.FP8)
     assert "--max-total-tokens" not in arguments
     assert "262144" not in arguments
@@ -413,8 +434,10 @@ def test_parts_stay_until_they_are_found_again(updated, tmp_path):
     third = update({"problems": ["broken"], "plain": {"a": 2}})
     assert third["plain"] == {"a": 2}
     assert third["tp"]["b"] == 1
-    # What comes from a run with problems does not stay.
-    assert "plain" not in update({"problems": [], "tp": {"b": 2}})
+    # What comes from a run with problems does not stay, what that run kept from another does.
+    fourth = update({"problems": []})
+    assert "plain" not in fourth
+    assert fourth["tp"] == third["tp"]
     updated("kit", {}, csrc="b" * 64)
     assert update({"problems": []}).keys() == {"date", "command", "problems"}
 
@@ -451,7 +474,7 @@ def test_readme_tables_of_the_fp8_cache(updated):
     drift = {"tokens": 2048, "equal": 1024, "share": 0.5, "mean_logprob_change": 0.0123}
     section = {
         "capacity": {"mem_fraction_static": 0.2, "tokens": tokens, "ratio": 1.99},
-        "drift": {"etap_fp8": {"64": drift}},
+        "drift": {"servers": {"etap_fp8": {"64": drift}}, "date": "2026-11-20", "command": "x"},
     }
     content = updated("compare_fp8", section)
     assert evidence.schema_errors(content) == []

@@ -72,7 +72,7 @@ def update(
         What was found. Date and command are added.
     keep : sequence of str
         Parts of the section that stay as an earlier run found them, each with that run's date and
-        command, if ``content`` has none of that name and that run had no problems.
+        command, if ``content`` has none of that name and the run that found it had no problems.
 
     Returns
     -------
@@ -90,9 +90,13 @@ def update(
         kept = {name: before[name] for name in SECTIONS if name in before}
     earlier = kept.get(section, {})
     origin = {key: earlier.get(key) for key in ("date", "command")}
-    for name in keep if not earlier.get("problems") else ():
-        if name in earlier and name not in content:
-            content = content | {name: origin | earlier[name]}
+    for name in keep:
+        part = earlier.get(name)
+        if part is None or name in content:
+            continue
+        # A part with a date of its own was already kept from a run before that one.
+        if "date" in part or not earlier.get("problems"):
+            content = content | {name: origin | part}
     kept[section] = {"date": header["date"], "command": command_of(sys.argv), **content}
     text = json.dumps({**header, **kept}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
