@@ -208,7 +208,7 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   params.divide_by_page_size = cutlass::FastDivmod(page_size);
   params.causal = causal;
   params.ckv_scale = float(ckv_scale);
-  params.kpe_scale = float(kpe_scale);
+  params.kpe_over_ckv_scale = float(kpe_scale / ckv_scale);
   params.scale_log2 = float(sm_scale * 1.4426950408889634);
   params.lse_factor = lse_base_e ? 0.6931471805599453f : 1.f;
   params.out = out.data_ptr();

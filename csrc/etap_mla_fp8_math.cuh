@@ -48,6 +48,7 @@ class Fp8MathWarpgroup {
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kRows = Traits::kRowsPerThread;
+  static constexpr bool kHasKpeScores = kRowTile <= 32;
   static constexpr int kStoreBlocks = kRowBlocks == 1 ? 1 : 2;  // row blocks that stmatrix stores
 
  public:
@@ -57,7 +58,7 @@ class Fp8MathWarpgroup {
   __device__ void run() {
     while (begin_segment()) {
 #pragma unroll 1
-      for (tile_ = segment().tile_begin; tile_ < tile_end_; tile_ += kMathWarpgroups) {
+      for (tile_ = segment().tile_begin; tile_ < segment().tile_end; tile_ += kMathWarpgroups) {
         if (has_tile()) compute_scores();
         share_tile_max();
         float reference[kRows];
@@ -95,8 +96,8 @@ class Fp8MathWarpgroup {
   __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
 
   // Whether this warpgroup's tile of the pair exists: the last pair may be a single tile.
-  __device__ bool has_tile() const { return tile_ + warpgroup_ < tile_end_; }
-  __device__ bool is_single_tile() const { return tile_ + 1 == tile_end_; }
+  __device__ bool has_tile() const { return tile_ + warpgroup_ < segment().tile_end; }
+  __device__ bool is_single_tile() const { return tile_ + 1 == segment().tile_end; }
 
   // Slots of the pair's tile `half`.
   __device__ RingPosition kpe_slot(int32_t half) const {
@@ -119,7 +120,6 @@ class Fp8MathWarpgroup {
       shared_.reference[reference_slot_ ^ 1][threadIdx.x] = -INFINITY;
     }
     convert_queries_to_fp16<Traits>(params_, shared_);
-    tile_end_ = segment().tile_end;
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) row_sum_[i] = 0.f;
 #pragma unroll
@@ -168,23 +168,30 @@ class Fp8MathWarpgroup {
   // --- S^T, softmax, P^T ------------------------------------------------------------------------
 
   // S^T = K Q^T of this warpgroup's tile, in units of log2, -inf where a row does not see a token.
+  // The part of kpe has a scale of its own: it has its own accumulators or, with 64 rows, for which
+  // there are no registers, is brought to the scale of ckv before that is added.
   __device__ void compute_scores() {
-    typename Traits::Mma mma;
-    Tensor q = make_tensor(make_smem_ptr(shared_.query), typename Traits::LayoutQ{});
-    Tensor q_operand = mma.get_slice(thread_).partition_fragment_B(q);  // (MMA, 1, 4, box)
-    mma.accumulate_ = GMMA::ScaleOut::Zero;
-    int32_t const lane = fresh_lane();
     warpgroup_fence_operand(scores_);
-    run_steps<4 * Traits::kQueryBoxes, Traits::kGroupSteps>(
-        [&](int32_t columns) { return load_keys(columns, lane); }, convert_keys,
-        [&](Fp8Fragment const& keys, int32_t step) {
-          gemm(mma, keys, q_operand(_, 0, step % 4, step / 4), scores_(_, 0, 0));
-          mma.accumulate_ = GMMA::ScaleOut::One;
-        },
-        [](int32_t) {});
+    if constexpr (kHasKpeScores) warpgroup_fence_operand(kpe_scores_);
+    if constexpr (kHasKpeScores) {
+      multiply_keys<0, 4 * Traits::kQueryBoxes>();
+    } else {
+      multiply_keys<0, 4>();
+      warpgroup_fence_operand(scores_);
+#pragma unroll
+      for (int32_t i = 0; i < size(scores_); ++i) scores_(i) *= params_.kpe_over_ckv_scale;
+      warpgroup_fence_operand(scores_);
+      multiply_keys<4, 4 * Traits::kQueryBoxes>();
+    }
     warpgroup_fence_operand(scores_);
+    if constexpr (kHasKpeScores) warpgroup_fence_operand(kpe_scores_);
     arrive_once_per_warp(&shared_.box_empty[kpe_slot(warpgroup_).index], kMathWarpgroups);
-
+    if constexpr (kHasKpeScores) {
+#pragma unroll
+      for (int32_t i = 0; i < size(scores_); ++i) {
+        scores_(i) += params_.kpe_over_ckv_scale * kpe_scores_(i);
+      }
+    }
 #pragma unroll
     for (int32_t i = 0; i < kRows; i += 2) {
       auto const scale = *reinterpret_cast<float2 const*>(&shared_.score_scale[row(i)]);
@@ -195,6 +202,28 @@ class Fp8MathWarpgroup {
       }
     }
     mask_scores();
+  }
+
+  // WGMMAs kFirst, ..., kEnd - 1 of S^T, of 16 columns each: kpe first.
+  template <int kFirst, int kEnd>
+  __device__ __forceinline__ void multiply_keys() {
+    typename Traits::Mma mma;
+    Tensor q = make_tensor(make_smem_ptr(shared_.query), typename Traits::LayoutQ{});
+    Tensor q_operand = mma.get_slice(thread_).partition_fragment_B(q);  // (MMA, 1, 4, box)
+    int32_t const lane = fresh_lane();
+    run_steps<kEnd - kFirst, Traits::kGroupSteps>(
+        [&](int32_t columns) {
+          return load_keys(kFirst / 2 + columns, kHasKpeScores ? lane : fresh_lane());
+        },
+        convert_keys,
+        [&](Fp8Fragment const& keys, int32_t i) {
+          int32_t const step = kFirst + i;
+          bool const is_first = step == 0 || (kHasKpeScores && step == 4);
+          mma.accumulate_ = is_first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
+          auto& scores = kHasKpeScores && step < 4 ? kpe_scores_ : scores_;
+          gemm(mma, keys, q_operand(_, 0, step % 4, step / 4), scores(_, 0, 0));
+        },
+        [](int32_t) {});
   }
 
   __device__ void mask_scores() {
@@ -367,7 +396,7 @@ class Fp8MathWarpgroup {
   // segment's queries learns with it that S^T is done with these.
   __device__ void publish_probabilities() {
     cutlass::arch::fence_view_async_shared();
-    bool const is_last_pair = tile_ + kMathWarpgroups >= tile_end_;
+    bool const is_last_pair = tile_ + kMathWarpgroups >= segment().tile_end;
     if (is_last_pair) arrive_once_per_warp(&shared_.query_empty, 1);
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
   }
@@ -505,13 +534,13 @@ class Fp8MathWarpgroup {
 
   RingPosition ring_;            // box 0 of the pair
   int32_t tile_;                 // first of the pair
-  int32_t tile_end_;             // of the segment
   uint32_t reference_slot_ = 0;  // of r, for the current pair
   uint32_t segment_number_ = 0;  // of this CTA
 
   using Accumulator =
       decltype(partition_fragment_C(typename Traits::Mma{}, Shape<_64, Int<kRowTile>>{}));
   Accumulator scores_;
+  Accumulator kpe_scores_;  // unless there are 64 rows
   Accumulator output_[Boxes::kCkv];
   float row_sum_[kRows];  // over this thread's tokens only, until the segment ends
 };

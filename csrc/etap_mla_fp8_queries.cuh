@@ -21,10 +21,9 @@ __device__ __forceinline__ float fp16_scale(float largest) {
 }
 
 // Called by all math threads, eight lanes a row. A row is multiplied by a power of two and becomes
-// fp16, which leaves bf16 and fp16 values as they are, but for the pe part: that is to share the
-// accumulators of the nope part and takes kpe_scale / ckv_scale, rounding it to 11 bits. Within 16
-// columns, of every four neighbours the first two go to the lower and the others to the upper half:
-// the order in which ldmatrix delivers the keys.
+// fp16, which leaves bf16 and fp16 values as they are. Within 16 columns, of every four neighbours
+// the first two go to the lower and the others to the upper half: the order in which ldmatrix
+// delivers the keys.
 template <class Traits>
 class QueryConverter {
   using DType = typename Traits::DType;
@@ -35,10 +34,9 @@ class QueryConverter {
       : params_(params), shared_(shared) {}
 
   __device__ void convert_row(int32_t row) {
-    float const pe_factor = params_.kpe_scale / params_.ckv_scale;
-    float largest = fabsf(pe_factor) * largest_of_box(row, 0);
+    float largest = 0.f;
 #pragma unroll
-    for (int32_t box = 1; box < kQueryBoxes; ++box) {
+    for (int32_t box = 0; box < kQueryBoxes; ++box) {
       largest = fmaxf(largest, largest_of_box(row, box));
     }
 #pragma unroll
@@ -48,7 +46,7 @@ class QueryConverter {
     float const scale = fp16_scale(largest);
 #pragma unroll
     for (int32_t box = 0; box < kQueryBoxes; ++box) {
-      convert_box(row, box, box == 0 ? pe_factor * scale : scale);
+      convert_box(row, box, scale);
     }
     if (chunk_ == 0) {
       shared_.score_scale[row] = params_.scale_log2 * params_.ckv_scale * (1.f / scale);

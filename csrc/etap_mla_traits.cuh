@@ -147,9 +147,10 @@ struct Params {
   int64_t ckv_stride_page, ckv_stride_token;
   int64_t kpe_stride_page, kpe_stride_token;
 
-  float ckv_scale, kpe_scale;  // of an fp8 cache: what its codes are multiplied with
-  float scale_log2;            // sm_scale * log2(e): the softmax works in powers of two
-  float lse_factor;            // 1, or ln(2) for an LSE to base e
+  float ckv_scale;           // of an fp8 cache: what its codes are multiplied with
+  float kpe_over_ckv_scale;  // and those of kpe, over that
+  float scale_log2;          // sm_scale * log2(e): the softmax works in powers of two
+  float lse_factor;          // 1, or ln(2) for an LSE to base e
   bool causal;
 
   void* out;  // [total_queries, num_heads, 512]

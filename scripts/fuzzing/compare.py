@@ -48,7 +48,7 @@ RMSE_BOUND_ONE_PART = 1.5
 MIN_PARTICIPATION_ONE_PART = 256
 # kLongestSplitPRequest in csrc/etap_mla_traits.cuh (row tiles up to 32), etap_mla_rows_traits.cuh.
 TWO_PART_TOKENS = 8192
-TWO_PART_TOKENS_64_ROWS = 1024
+TWO_PART_TOKENS_64_ROWS = 2048
 
 SCORE_ROUNDOFF = 36 * 2.0**-23  # the tensor cores cut off: a whole unit of the last place a step
 LOGIT_ROUNDOFF = 2.0**-23
