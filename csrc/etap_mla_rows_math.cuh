@@ -47,7 +47,7 @@ class RowsMathWarpgroup {
   __device__ RowsMathWarpgroup(Params const& params, SharedStorage& shared)
       : params_(params), shared_(shared) {}
 
-  __device__ ETAP_INLINE_MATH void run() {
+  __device__ __forceinline__ void run() {
     while (begin_segment()) {
       if (splits_probability()) {
         run_segment<true>();
