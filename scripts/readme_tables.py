@@ -38,7 +38,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def provenance(found: dict[str, Any]) -> str:
-    """One line under a table: device, versions, date, command."""
+    """One line under a table: device, versions, date, command, and whether it is out of date."""
     versions = found["versions"]
     named = {
         "torch": "torch",
@@ -51,7 +51,11 @@ def provenance(found: dict[str, Any]) -> str:
     if ceiling:
         parts.append(f"read ceiling {ceiling:.0f} GB/s")
     text = f"\n{found['device']}, {', '.join(parts)}, {found['date'][:10]}."
-    return f"{text} Made by `{found['command']}`.\n" if "command" in found else f"{text}\n"
+    if "command" in found:
+        text += f" Made by `{found['command']}`."
+    if found["csrc_sha256"] != evidence.csrc_sha256():
+        text += f" **Of earlier kernel sources** ({found['csrc_sha256'][:12]})."
+    return f"{text}\n"
 
 
 def _times(case: Case, peers: Sequence[str], ceiling: float | None) -> list[str]:

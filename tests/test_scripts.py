@@ -388,6 +388,13 @@ def project(tmp_path):
     return ["--readme", str(readme), "--results", str(results)], readme, results
 
 
+def test_tables_say_when_they_are_of_earlier_sources():
+    found = make_evidence(csrc_sha256="0" * 64, read_ceiling_gbps=None)
+    assert "**Of earlier kernel sources** (000000000000)." in readme_tables.provenance(found)
+    found["csrc_sha256"] = evidence.csrc_sha256()
+    assert "earlier" not in readme_tables.provenance(found)
+
+
 def test_readme_tables_are_written_once_and_then_checked(project):
     arguments, readme, _ = project
     assert readme_tables.main([*arguments, "--check"]) == 1

@@ -288,6 +288,7 @@ def test_reliability_table_has_the_soak():
         "memory_mib": {"growth_in_second_half": 2, "limit": 64},
     }
     head = {"device": "NVIDIA H200", "versions": {"sglang": "0.5.16"}, "date": "2026-11-21"}
+    head["csrc_sha256"] = "0" * 64
     text = readme_tables.reliability_table({"soak": {**head, "soak": soak}})
     assert "| requests in 8.0 minutes | 18, of them 9 aborted and 8 left by the client |" in text
     assert "| answers against those of flashmla and triton | 0 of 1,234 differ |" in text
