@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import make_tiny_checkpoint
@@ -390,6 +390,34 @@ def run_parts(comparison: Comparison) -> None:
             tool.stop()
 
 
+def run(
+    options: argparse.Namespace,
+    work: Callable[[Comparison], None],
+    section: str,
+    keep: Sequence[str],
+) -> int:
+    """A comparison from its command line to its section of the evidence; the exit status."""
+    options.work = options.work or pathlib.Path(tempfile.mkdtemp(prefix="etap_sglang_"))
+    plugin.ensure_discoverable()
+    model = options.model
+    if model is None:
+        model = options.work / "tiny"
+        make_tiny_checkpoint.write(model, seed=0)
+        log(f"checkpoint in {model}")
+    comparison = Comparison(options, model)
+    try:
+        work(comparison)
+    except Exception as error:  # what was found before is not to be lost
+        traceback.print_exc()
+        comparison.problem(f"{type(error).__name__}: {error}")
+    content = {"problems": comparison.problems, **comparison.found}
+    print(f"written: {evidence.update(options.out, section, content, keep=keep)}")
+    for problem in comparison.problems:
+        print(f"PROBLEM: {problem}")
+    print("FAILED" if comparison.problems else "PASSED")
+    return 1 if comparison.problems else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -402,25 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=pathlib.Path, help="logs and caches; temporary if not given")
     parser.add_argument("--out", type=pathlib.Path, help="results/<gpu>/sglang.json")
     options = parser.parse_args(arguments)
-    options.work = options.work or pathlib.Path(tempfile.mkdtemp(prefix="etap_sglang_"))
-    plugin.ensure_discoverable()
-    model = options.model
-    if model is None:
-        model = options.work / "tiny"
-        make_tiny_checkpoint.write(model, seed=0)
-        log(f"checkpoint in {model}")
-    comparison = Comparison(options, model)
-    try:
-        run_parts(comparison)
-    except Exception as error:  # what was found before is not to be lost
-        traceback.print_exc()
-        comparison.problem(f"{type(error).__name__}: {error}")
-    content = {"problems": comparison.problems, **comparison.found}
-    print(f"written: {evidence.update(options.out, 'compare', content, keep=KEPT)}")
-    for problem in comparison.problems:
-        print(f"PROBLEM: {problem}")
-    print("FAILED" if comparison.problems else "PASSED")
-    return 1 if comparison.problems else 0
+    return run(options, run_parts, "compare", KEPT)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,11 @@ import argparse
 import json
 import pathlib
 import sys
-import tempfile
-import traceback
 import urllib.request
-from typing import Any
 
 import compare_sglang
-import make_tiny_checkpoint
 from compare_sglang import EAGLE, Answers, Comparison
-from sglang_eval import broken, evidence, plugin, workload
+from sglang_eval import broken, workload
 from sglang_eval.servers import START, Server, log, running
 from sglang_eval.workload import Answer, Group
 
@@ -192,24 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=pathlib.Path, help="logs and caches; temporary if not given")
     parser.add_argument("--out", type=pathlib.Path, help="results/<gpu>/sglang.json")
     options = parser.parse_args(arguments)
-    options.work = options.work or pathlib.Path(tempfile.mkdtemp(prefix="etap_sglang_"))
-    plugin.ensure_discoverable()
-    model = options.model
-    if model is None:
-        model = options.work / "tiny"
-        make_tiny_checkpoint.write(model, seed=0)
-    comparison = Comparison(options, model)
-    try:
-        compare(comparison)
-    except Exception as error:  # what was found before is not to be lost
-        traceback.print_exc()
-        comparison.problem(f"{type(error).__name__}: {error}")
-    content: dict[str, Any] = {"problems": comparison.problems, **comparison.found}
-    print(f"written: {evidence.update(options.out, 'compare_fp8', content, keep=PARTS)}")
-    for problem in comparison.problems:
-        print(f"PROBLEM: {problem}")
-    print("FAILED" if comparison.problems else "PASSED")
-    return 1 if comparison.problems else 0
+    return compare_sglang.run(options, compare, "compare_fp8", PARTS)
 
 
 if __name__ == "__main__":

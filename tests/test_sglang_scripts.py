@@ -195,7 +195,7 @@ def test_servers_that_do_not_start_are_in_the_evidence(tmp_path, monkeypatch):
         return popen([sys.executable, "-c", "raise SystemExit(1)"], **named)
 
     monkeypatch.setattr(servers.subprocess, "Popen", fail_to_start)
-    monkeypatch.setattr(compare_sglang_fp8.plugin, "ensure_discoverable", lambda: None)
+    monkeypatch.setattr(compare_sglang.plugin, "ensure_discoverable", lambda: None)
     monkeypatch.setattr(evidence, "update", lambda *given, keep: written.append((*given, keep)))
     assert compare_sglang_fp8.main(["--work", str(tmp_path), "--model", "tiny"]) == 1
     ((_, section, content, keep),) = written
