@@ -213,6 +213,19 @@ def make_wrapper(device: str = "cuda", **arguments) -> object:
     return etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace, backend="etap", **arguments)
 
 
+def capture_graph(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """``call`` in a CUDA graph, after a first one on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
 def poisoned_outputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and LSE buffers full of NaN: whatever is not written fails the comparison."""
     shape = (problem.q_nope.shape[0], problem.num_heads, 512)

@@ -7,7 +7,15 @@ import random
 
 import pytest
 import torch
-from gpu_helpers import Problem, check, make_problem, make_wrapper, poisoned_outputs, run_once
+from gpu_helpers import (
+    Problem,
+    capture_graph,
+    check,
+    make_problem,
+    make_wrapper,
+    poisoned_outputs,
+    run_once,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -82,14 +90,7 @@ def test_graph_replay_with_changed_lengths(heads, page_size, replan, seed):
     def call() -> None:
         buffers.wrapper.run(*arguments, out=out, lse=lse, return_lse=True)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph = capture_graph(call)
     for problem in rounds:
         own_pages = problem.ckv.shape[0]
         pool.fill_(torch.nan)

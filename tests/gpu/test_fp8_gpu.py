@@ -14,7 +14,13 @@ from fp8_problems import (
     check_fp8,
     make_fp8_problem,
 )
-from gpu_helpers import WORKSPACE_BYTES, make_wrapper, poisoned_outputs, run_once
+from gpu_helpers import (
+    WORKSPACE_BYTES,
+    capture_graph,
+    make_wrapper,
+    poisoned_outputs,
+    run_once,
+)
 from test_execution_gpu import GraphBuffers, bits
 
 import etap_flashinfer
@@ -275,14 +281,7 @@ def test_graph_replay_with_changed_lengths(heads, page_size, cache_format, repla
     def call() -> None:
         buffers.wrapper.run(queries[..., :512], queries[..., 512:], *caches, **options)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph = capture_graph(call)
     for problem in rounds:
         pool.fill_(0xFF)
         pool[: problem.pool.shape[0]] = problem.pool
