@@ -201,8 +201,10 @@ def environment_path() -> str:
     return environment(pathlib.Path("."))["PYTHONPATH"]
 
 
-def judge_plain(comparison: Comparison, answers: dict[str, Answers]) -> None:
-    """etap and a broken etap against SGLang's backends."""
+def judge_plain(
+    comparison: Comparison, answers: dict[str, Answers], judges: Sequence[str] = ()
+) -> None:
+    """etap and a broken etap against SGLang's backends: all of them, or those that may judge."""
     complete = {name for name in answers if len(answers[name]) == len(comparison.groups)}
     peers = [name for name in comparison.options.peers if name in complete]
     results = {}
@@ -217,14 +219,18 @@ def judge_plain(comparison: Comparison, answers: dict[str, Answers]) -> None:
     if not allowed:
         comparison.problem("fewer than two of SGLang's backends ran: nothing to compare with")
         return
-    tightest = min(allowed, key=lambda name: allowed[name].worst_logprob)
+    judging = [name for name in allowed if name in judges or not judges]
+    if not judging:
+        comparison.problem(f"did not run, and nothing else may judge: {', '.join(judges)}")
+        return
+    tightest = min(judging, key=lambda name: allowed[name].worst_logprob)
     comparison.among = allowed[tightest]
     for name, ours in itertools.product(allowed, ("etap", "broken")):
         if ours not in answers:
             continue
         found = compared(f"{ours} and {name}", answers[ours], answers[name])
         results[f"{ours}_{name}"] = workload.as_json(found)
-        if ours == "etap" and not is_within(found, allowed[name]):
+        if ours == "etap" and name in judging and not is_within(found, allowed[name]):
             comparison.problem(f"etap and {name} differ more than SGLang's backends do")
         if ours == "broken" and name == tightest and is_within(found, allowed[name]):
             comparison.problem(f"the comparison with {name} does not notice a broken backend")
@@ -306,20 +312,21 @@ def judge_beside_etap(part: str, comparison: Comparison, answers: dict[str, Answ
 
 
 def judge_mixed(comparison: Comparison, answers: dict[str, Answers]) -> None:
-    """Decode mixed into prefill batches: as close to etap without as flashmla is, or closer."""
-    names = [name for name in ("flashmla_mixed", "etap_mixed") if name in answers]
-    found = {name: compared(f"{name} and etap", answers[name], answers["etap"]) for name in names}
-    results: dict[str, Any] = {name: workload.as_json(each) for name, each in found.items()}
-    if "etap_mixed" in found:
-        allowed = [comparison.among, *(found[name] for name in names if name == "flashmla_mixed")]
-        if not any(is_within(found["etap_mixed"], each) for each in allowed):
-            comparison.problem("etap_mixed differs from etap, and more than flashmla_mixed")
-        log_path = comparison.options.work / "server.etap_mixed.log"
-        results["mixed_batches"] = variants.mixed_batches(log_path.read_text(errors="replace"))
-        log(f"etap_mixed: {results['mixed_batches']} mixed batches")
-        if not results["mixed_batches"]:
-            comparison.problem("etap_mixed: no batch was mixed")
-    comparison.found["mixed"] = results
+    """Decode mixed into prefill batches: etap must answer as without."""
+    if "etap_mixed" not in answers:
+        return
+    found = compared("etap_mixed and etap", answers["etap_mixed"], answers["etap"])
+    if not is_within(found, comparison.among):
+        comparison.problem("etap_mixed and etap differ more than SGLang's backends do")
+    log_path = comparison.options.work / "server.etap_mixed.log"
+    mixed_batches = variants.mixed_batches(log_path.read_text(errors="replace"))
+    log(f"etap_mixed: {mixed_batches} mixed batches")
+    if not mixed_batches:
+        comparison.problem("etap_mixed: no batch was mixed")
+    comparison.found["mixed"] = {
+        "etap_mixed": workload.as_json(found),
+        "mixed_batches": mixed_batches,
+    }
 
 
 def judge_gpus(part: str, comparison: Comparison, answers: dict[str, Answers]) -> None:

@@ -104,6 +104,7 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
             model_runner.dtype,
             model_runner.kv_cache_dtype,
         )
+        refusal = refusal or compat.prefill_backend_refusal(model_runner.server_args)
         topk = compat.speculative_setting(model_runner, "speculative_eagle_topk") or 1
         if refusal is None and topk > 1:
             refusal = (

@@ -91,6 +91,30 @@ def cache_dtype_refusal(kv_cache_dtype: Any) -> str | None:
     )
 
 
+def prefill_backend_refusal(server_args: Any) -> str | None:
+    """Say why another backend can't prefill, or decode, beside this one; None if it can.
+
+    Where prefill and decode have backends of their own, SGLang 0.5.16 never tells FlashInfer's
+    prefill, which ``etap`` and ``flashmla`` have too, about cached prefixes: the server would die
+    with the first long one.
+    """
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    default = getattr(server_args, "attention_backend", None)
+    prefill = getattr(server_args, "prefill_attention_backend", None) or default
+    decode = getattr(server_args, "decode_attention_backend", None) or default
+    is_told = hasattr(HybridAttnBackend, "init_mha_chunk_metadata") or getattr(
+        server_args, "disable_chunked_prefix_cache", False
+    )
+    if prefill == decode or prefill not in ("etap", "flashinfer", "flashmla") or is_told:
+        return None
+    return (
+        f"this SGLang does not tell the prefill of {prefill} about cached prefixes when {decode} "
+        "decodes; use --attention-backend etap, which prefills with FlashInfer, for both, another "
+        "--prefill-attention-backend (fa3, triton), or --disable-chunked-prefix-cache"
+    )
+
+
 def make_tree_mask(
     max_bs: int, max_num_tokens: int, max_context_len: int, num_draft_tokens: int, device: Any
 ) -> Any:

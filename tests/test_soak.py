@@ -335,7 +335,7 @@ def test_mixed_answers_are_judged_by_tokens(tmp_path, gap, problems):
     (tmp_path / "server.etap_mixed.log").write_text("Prefill batch, #running-req: 1\n")
     plain = Answer([5, 6], [-0.5, -1.0], [{5: -0.5}, {6: -1.0, 7: -1.0 - gap}])
     silent = Answer([5, 7], [], [])
-    answers = {"etap": plain, "etap_mixed": silent, "flashmla_mixed": Answer([5, 6], [], [])}
+    answers = {"etap": plain, "etap_mixed": silent}
     compare_sglang.judge_mixed(found, {name: {"short": [a]} for name, a in answers.items()})
     assert len(found.problems) == problems
     assert found.found["mixed"]["mixed_batches"] == 1
@@ -368,8 +368,8 @@ def test_servers_of_a_part(tmp_path, monkeypatch):
     monkeypatch.setattr(make_tiny_checkpoint, "write", lambda *_, **named: None)
     found = comparison(tmp_path, "mixed", "dp")
     found.model = tmp_path / "tiny"
-    assert len(compare_sglang.servers_of(found)) == 6
-    assert found.without_logprobs == {"etap_mixed", "flashmla_mixed"}
+    assert len(compare_sglang.servers_of(found)) == 5
+    assert found.without_logprobs == {"etap_mixed"}
     arguments, environment = started["etap_dp"]
     assert arguments[-1] == str(tmp_path / "tiny_128_heads")
     assert "--sleep-on-idle" not in arguments

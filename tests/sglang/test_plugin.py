@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import types
 
 import pytest
@@ -75,6 +76,33 @@ def test_models_call_it_with_parts_and_flashmlas_choice_of_prefill(plugin):
     handler = attention_backend_handler.AttentionBackendRegistry.get_handler("etap")
     assert handler is attention_backend_handler.handle_attention_flashmla
     assert utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS.count("etap") == 1
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "works"),
+    [
+        ("flashinfer", "etap", False),
+        ("etap", "flashmla", False),
+        ("fa3", "etap", True),
+        (None, None, True),
+        (None, "etap", True),
+    ],
+)
+def test_prefill_that_is_not_told_of_prefixes_is_refused(prefill, decode, works, monkeypatch):
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    from sglang_patch import compat
+
+    arguments = argparse.Namespace(
+        attention_backend="etap", prefill_attention_backend=prefill, decode_attention_backend=decode
+    )
+    is_told = hasattr(HybridAttnBackend, "init_mha_chunk_metadata")  # since 0.5.17 or later
+    refusal = compat.prefill_backend_refusal(arguments)
+    assert (refusal is None) == (works or is_told)
+    monkeypatch.delattr(HybridAttnBackend, "init_mha_chunk_metadata", raising=False)
+    assert (compat.prefill_backend_refusal(arguments) is None) == works
+    arguments.disable_chunked_prefix_cache = True
+    assert compat.prefill_backend_refusal(arguments) is None
 
 
 def test_models_without_latent_attention_are_refused(plugin):
