@@ -15,7 +15,7 @@
  *
  * rounded to fp16 (for results of fp16 in two parts, see kProbabilityParts). So that the products
  * fit, scales are divided by a power of two that no scale so far in the segment exceeds, a
- * reference for each box: scales * P <= 2^15, as P is. A product is rounded by 2^-12 of itself or,
+ * reference for each box: scales * P <= 2^15, as P is. A product is rounded by 2^-11 of itself or,
  * below 2^-14, by 2^-25, and the largest P of a row is 2^8 or more. So a token that does not keep
  * all bits of fp16 is wrong by at most 2^-33 of (largest scale of the box) * (largest weight of the
  * row): scales of one request may lie apart by a factor of 2^20 until a row that sees none but the

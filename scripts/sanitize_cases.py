@@ -22,7 +22,7 @@ from etap_flashinfer import quantization
 
 SM_SCALE = 192**-0.5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-RMSE_BOUNDS = {"same": 1.15, "fp8": 1.5}  # times that of rounding
+RMSE_BOUNDS = {"same": 1.15, "fp8": 1.5, "flashmla_656": 1.15}  # times that of rounding
 WORKSPACE_BYTES = 128 * 1024 * 1024
 
 
@@ -43,6 +43,7 @@ def small_case(
         rows.append((own[:, None] * page_size + torch.arange(page_size)).flatten()[:length])
         cache.view(-1, 576)[rows[-1]] = torch.randn(length, 576, generator=generator).to(dtype)
     run, values = cache_arguments(cache, kv_cache)
+    cache_format = {"kv_cache_format": "flashmla_656"} if kv_cache == "flashmla_656" else {}
     expected = torch.zeros(sum(q_lens), heads, 512, dtype=torch.float64)
     for request, length in enumerate(kv_lens):
         tokens = values.view(-1, 576)[rows[request]]
@@ -64,6 +65,7 @@ def small_case(
         "sm_scale": SM_SCALE,
         "q_data_type": dtype,
         "kv_data_type": dtype if kv_cache == "same" else quantization.FP8_DTYPE,
+        **cache_format,
     }
     return plan, {"query": queries, **run}, expected
 
@@ -72,6 +74,10 @@ def cache_arguments(cache: torch.Tensor, kv_cache: str) -> tuple[dict, torch.Ten
     """Arguments of run() for a cache, and its values in float64; NaN stays NaN."""
     if kv_cache == "same":
         return {"kv_cache": cache}, cache.double()
+    if kv_cache == "flashmla_656":
+        packed = quantization.quantize_flashmla_656(cache).cache
+        packed[cache.isnan().any(-1)] = 0xFF  # NaN as scale, too
+        return {"kv_cache": packed}, quantization.dequantize_flashmla_656(packed, torch.float64)
     given = quantization.quantize_fp8_e4m3(cache)
     scales = {"ckv_scale": given.ckv_scale, "kpe_scale": given.kpe_scale}
     values = quantization.dequantize_fp8_e4m3(given.cache, **scales, dtype=torch.float64)
