@@ -107,14 +107,14 @@ def run_case(
     return right
 
 
-def missing_variants(wrapper: object, dtypes: list[str]) -> list[str]:
-    """Compiled variants of ``dtypes`` that ``wrapper`` has not used."""
+def missing_variants(wrapper: object, dtypes: list[str], kv_caches: list[str]) -> list[str]:
+    """Compiled variants of ``dtypes`` and ``kv_caches`` that ``wrapper`` has not used."""
     from etap_flashinfer import jit
 
     wanted = {
         (variant.dtype, variant.row_tile, variant.kv_loader, variant.kv_cache): variant.short_name
         for variant in jit.ALL_VARIANTS
-        if variant.dtype in {DTYPES[name] for name in dtypes}
+        if variant.dtype in {DTYPES[name] for name in dtypes} and variant.kv_cache in kv_caches
     }
     return [name for key, name in wanted.items() if key not in wrapper._kernels]
 
@@ -139,7 +139,7 @@ def main() -> int:
     cells = itertools.product(options.heads, options.page_size, options.dtype, options.kv_cache)
     results = [run_case(*cell, options.seed + index, wrapper) for index, cell in enumerate(cells)]
     torch.cuda.synchronize()
-    missing = missing_variants(wrapper, options.dtype)
+    missing = missing_variants(wrapper, options.dtype, options.kv_cache)
     print(f"{sum(results)} of {len(results)} cases right; variants not run: {missing or 'none'}")
     return 0 if all(results) and not missing else 1
 
