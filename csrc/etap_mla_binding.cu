@@ -33,7 +33,7 @@ using Traits = std::conditional_t<kKvCache == KvCache::kSame, Bf16Traits,
                                   EtapMlaFp8Traits<DType, kRowTile, kKvLoader, kKvCache>>;
 using CacheElement = Traits::Boxes::Element;
 #ifdef ETAP_EMULATE_H20
-static_assert(kKvCache == KvCache::kSame, "the fp8 kernel does not multiply through multiply()");
+static_assert(kKvCache == KvCache::kSame, "the fp8 kernels do not multiply through multiply()");
 #endif
 
 #define ETAP_CHECK_CUDA(call)                                                         \
@@ -44,6 +44,11 @@ static_assert(kKvCache == KvCache::kSame, "the fp8 kernel does not multiply thro
   } while (0)
 
 constexpr int kMaxDevices = 64;
+
+// FlashMLA's layout is one pool of tokens, given both as ckv and as kpe.
+constexpr bool kIsFlashMla = kKvCache == KvCache::kFp8FlashMla;
+constexpr int kCkvColumns = kIsFlashMla ? kFlashMlaTokenBytes : kHeadDimCkv;
+constexpr int kKpeColumns = kIsFlashMla ? kFlashMlaTokenBytes : kHeadDimKpe;
 
 // One CTA of the attention kernel on each SM. Also the first touch of a device: allows the kernel
 // its shared memory there.
@@ -95,15 +100,20 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // A pool [num_pages, page_size, columns] read in boxes [rows_per_copy x box_columns], swizzled as
-// wide as their rows, which have 128 or 64 bytes.
-CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy, int32_t box_columns) {
+// wide as their rows, which have 128 or 64 bytes; not swizzled if they have 16. Columns before
+// `first_column` are left out.
+CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy, int32_t box_columns,
+                          int32_t first_column = 0) {
   auto const type = sizeof(CacheElement) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                     : std::is_same_v<CacheElement, cutlass::bfloat16_t>
                         ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  auto const swizzle = box_columns * sizeof(CacheElement) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                                : CU_TENSOR_MAP_SWIZZLE_128B;
-  cuuint64_t const sizes[3] = {cuuint64_t(pool.size(2)), cuuint64_t(pool.size(1)),
+  auto const row_bytes = box_columns * sizeof(CacheElement);
+  auto const swizzle = row_bytes == 16   ? CU_TENSOR_MAP_SWIZZLE_NONE
+                       : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                         : CU_TENSOR_MAP_SWIZZLE_128B;
+  auto* const first = static_cast<CacheElement*>(pool.data_ptr()) + first_column;
+  cuuint64_t const sizes[3] = {cuuint64_t(pool.size(2) - first_column), cuuint64_t(pool.size(1)),
                                cuuint64_t(pool.size(0))};
   // The stride of a dimension of size 1 means nothing and may be anything; give a valid one.
   int64_t const row_stride = pool.size(1) > 1 ? pool.stride(1) : pool.size(2);
@@ -116,8 +126,8 @@ CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy, int32_t
   auto const promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   CUtensorMap map;
   CUresult const status = tensor_map_encoder()(
-      &map, type, 3, pool.data_ptr(), sizes, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, type, 3, first, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TVM_FFI_CHECK(status == CUDA_SUCCESS, ValueError)
       << "no tensor map for a cache of shape [" << pool.size(0) << ", " << pool.size(1) << ", "
       << pool.size(2) << "] with strides [" << pool.stride(0) << ", " << pool.stride(1)
@@ -163,9 +173,10 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   TVM_FFI_CHECK(workspace.numel() >= plan.total(), ValueError)
       << "the workspace has " << workspace.numel() << " bytes; " << plan.total() << " are needed";
   TVM_FFI_CHECK(q_nope.size(2) == kHeadDimCkv && q_pe.size(2) == kHeadDimKpe &&
-                    ckv.size(2) == kHeadDimCkv && kpe.size(2) == kHeadDimKpe,
+                    ckv.size(2) == kCkvColumns && kpe.size(2) == kKpeColumns,
                 ValueError)
-      << "head dimensions must be " << kHeadDimCkv << " (ckv) and " << kHeadDimKpe << " (kpe)";
+      << "head dimensions must be " << kHeadDimCkv << " (ckv) and " << kHeadDimKpe
+      << " (kpe), columns of the cache " << kCkvColumns << " and " << kKpeColumns;
   TVM_FFI_CHECK(ckv.size(0) == kpe.size(0) && ckv.size(1) == kpe.size(1), ValueError)
       << "ckv and kpe must have the same number of pages and the same page size";
   TVM_FFI_CHECK(qo_indptr.numel() > kv_len_arr.numel() && kv_indptr.numel() > kv_len_arr.numel(),
@@ -183,7 +194,7 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   params.q_nope = q_nope.data_ptr();
   params.q_pe = q_pe.data_ptr();
   params.ckv = ckv.data_ptr();
-  params.kpe = kpe.data_ptr();
+  params.kpe = pointer<CacheElement>(kpe) + (kIsFlashMla ? kFlashMlaKpeOffset : 0);
   params.q_nope_stride_token = q_nope.stride(0);
   params.q_nope_stride_head = q_nope.stride(1);
   params.q_pe_stride_token = q_pe.stride(0);
@@ -224,7 +235,9 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   CUtensorMap ckv_map = {}, kpe_map = {};
   if constexpr (kKvLoader == KvLoader::kTma) {
     ckv_map = make_pool_map(ckv, rows_per_copy, Traits::Boxes::kColumns);
-    kpe_map = make_pool_map(kpe, rows_per_copy, kHeadDimKpe);
+    kpe_map = kIsFlashMla
+                  ? make_pool_map(kpe, rows_per_copy, kFlashMlaScaleBytes, kFlashMlaScaleOffset)
+                  : make_pool_map(kpe, rows_per_copy, kHeadDimKpe);
   }
   auto const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
   launch_dependent(etap_mla_kernel<Traits>, num_ctas, kThreads,

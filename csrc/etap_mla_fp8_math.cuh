@@ -10,16 +10,20 @@
  *   -- barrier --  O^T[g] += V^T[g] P^T of both tiles, where [g] is half of d_v
  *
  * WGMMA's A operand (K, then V^T) comes from registers, and turns from e4m3 into fp16 on its way
- * there: exact, so nothing is quantised, and P in fp16 needs no second part.
+ * there: exact, so nothing is quantised, and P in fp16 needs no second part. What differs where
+ * tokens have scales of their own is in etap_mla_flashmla_scores.cuh: P^T is then stored once for
+ * each scale.
  */
 #pragma once
 
-#include <cuda/ptx>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 
+#include "etap_mla_flashmla_scores.cuh"
 #include "etap_mla_fp8_operands.cuh"
 #include "etap_mla_fp8_queries.cuh"
+#include "etap_mla_fp8_scores.cuh"
+#include "etap_mla_fp8_thread.cuh"
 #include "etap_mla_fp8_traits.cuh"
 #include "etap_mla_loader.cuh"
 #include "etap_mla_output.cuh"
@@ -48,21 +52,25 @@ class Fp8MathWarpgroup {
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kRows = Traits::kRowsPerThread;
-  static constexpr bool kHasKpeScores = kRowTile <= 32;
+  static constexpr bool kHasTokenScales = Traits::kKvCache == KvCache::kFp8FlashMla;
   static constexpr int kStoreBlocks = kRowBlocks == 1 ? 1 : 2;  // row blocks that stmatrix stores
+  using Scores = std::conditional_t<kHasTokenScales, FlashMlaScores<Traits>, Fp8Scores<Traits>>;
 
  public:
   __device__ Fp8MathWarpgroup(Params const& params, SharedStorage& shared)
-      : params_(params), shared_(shared) {}
+      : params_(params), shared_(shared), scores_(params, shared, thread_) {}
 
   __device__ void run() {
     while (begin_segment()) {
 #pragma unroll 1
       for (tile_ = segment().tile_begin; tile_ < segment().tile_end; tile_ += kMathWarpgroups) {
-        if (has_tile()) compute_scores();
+        if (has_tile()) {
+          scores_.compute(segment(), tile_ + thread_.warpgroup, kpe_slot(thread_.warpgroup));
+        }
         share_tile_max();
         float reference[kRows];
         update_reference(reference);
+        if constexpr (kHasTokenScales) update_scale_references();
         if (has_tile()) store_probabilities(reference);
         if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end();
         publish_probabilities();
@@ -79,24 +87,10 @@ class Fp8MathWarpgroup {
   }
 
  private:
-  // Rows of an accumulator that this thread sees: row(2 b + c) = 8 b + 2 (lane % 4) + c.
-  __device__ int32_t row(int32_t i) const { return row(i, lane_); }
-  __device__ static int32_t row(int32_t i, int32_t lane) {
-    return i / 2 * 8 + 2 * (lane % 4) + i % 2;
-  }
-
-  // The lane, but what is computed from it cannot be moved ahead of the loop over tiles, where 64
-  // rows leave no registers to keep it.
-  __device__ int32_t fresh_lane() const {
-    int32_t lane = lane_;
-    asm volatile("" : "+r"(lane));
-    return lane;
-  }
-
   __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
 
   // Whether this warpgroup's tile of the pair exists: the last pair may be a single tile.
-  __device__ bool has_tile() const { return tile_ + warpgroup_ < segment().tile_end; }
+  __device__ bool has_tile() const { return tile_ + thread_.warpgroup < segment().tile_end; }
   __device__ bool is_single_tile() const { return tile_ + 1 == segment().tile_end; }
 
   // Slots of the pair's tile `half`.
@@ -119,6 +113,7 @@ class Fp8MathWarpgroup {
       shared_.score_max[threadIdx.x] = comparable_bits(__float_as_int(-INFINITY));
       shared_.reference[reference_slot_ ^ 1][threadIdx.x] = -INFINITY;
     }
+    if constexpr (kHasTokenScales) scores_.scales().begin_segment();
     convert_queries_to_fp16<Traits>(params_, shared_);
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) row_sum_[i] = 0.f;
@@ -129,23 +124,6 @@ class Fp8MathWarpgroup {
 
   // --- A operands -------------------------------------------------------------------------------
 
-  // Reads 32 columns of this warp's 16 tokens: `columns` counts them over kpe, then ckv. Of 16
-  // columns a lane gets four neighbours.
-  __device__ Fp8Codes load_keys(int32_t columns, int32_t lane) const {
-    bool const is_kpe = columns < 2;
-    int32_t const box = is_kpe ? 0 : (columns + 2) / 4, part = is_kpe ? columns : (columns + 2) % 4;
-    int32_t const token = warp_ * 16 + lane % 16, chunk = lane / 16;
-    RingPosition const slot = kpe_slot(warpgroup_).after(box);
-    if (part == 0) wait_for_box(slot);
-    int32_t const place =
-        is_kpe ? swizzled_half_chunk(token, chunk) : 2 * swizzled_chunk(token, chunk);
-    auto const* const row = shared_.ring + slot.index * Boxes::kElements + (place ^ (32 * part));
-    Fp8Codes codes;
-    SM75_U32x4_LDSM_N::copy(*reinterpret_cast<uint128_t const*>(row), codes.matrix[0],
-                            codes.matrix[1], codes.matrix[2], codes.matrix[3]);
-    return codes;
-  }
-
   // Reads this warp's 16 columns of 32 tokens, transposed: `tokens` counts them over the boxes of
   // ckv. A lane gets a pair of columns of two neighbouring tokens. The first 64 columns of a box
   // belong to warpgroup 0.
@@ -153,7 +131,7 @@ class Fp8MathWarpgroup {
     RingPosition const slot = value_slot(tokens);
     int32_t const part = tokens % 2;
     if (part == 0) wait_for_box(slot);
-    int32_t const place = 2 * swizzled_chunk(lane, 4 * warpgroup_ + warp_);
+    int32_t const place = 2 * swizzled_chunk(lane, 4 * thread_.warpgroup + thread_.warp);
     auto const* const row = shared_.ring + slot.index * Boxes::kElements + place + part * 32 * 128;
     Fp8Codes codes;
     SM75_U16x8_LDSM_T::copy(*reinterpret_cast<uint128_t const*>(row), codes.matrix[0],
@@ -165,127 +143,19 @@ class Fp8MathWarpgroup {
     return ckv_slot(tokens / (2 * Boxes::kCkv), tokens / 2 % Boxes::kCkv);
   }
 
-  // --- S^T, softmax, P^T ------------------------------------------------------------------------
-
-  // S^T = K Q^T of this warpgroup's tile, in units of log2, -inf where a row does not see a token.
-  // The part of kpe has a scale of its own: it has its own accumulators or, with 64 rows, for which
-  // there are no registers, is brought to the scale of ckv before that is added.
-  __device__ void compute_scores() {
-    warpgroup_fence_operand(scores_);
-    if constexpr (kHasKpeScores) warpgroup_fence_operand(kpe_scores_);
-    if constexpr (kHasKpeScores) {
-      multiply_keys<0, 4 * Traits::kQueryBoxes>();
-    } else {
-      multiply_keys<0, 4>();
-      warpgroup_fence_operand(scores_);
-#pragma unroll
-      for (int32_t i = 0; i < size(scores_); ++i) scores_(i) *= params_.kpe_over_ckv_scale;
-      warpgroup_fence_operand(scores_);
-      multiply_keys<4, 4 * Traits::kQueryBoxes>();
-    }
-    warpgroup_fence_operand(scores_);
-    if constexpr (kHasKpeScores) warpgroup_fence_operand(kpe_scores_);
-    arrive_once_per_warp(&shared_.box_empty[kpe_slot(warpgroup_).index], kMathWarpgroups);
-    if constexpr (kHasKpeScores) {
-#pragma unroll
-      for (int32_t i = 0; i < size(scores_); ++i) {
-        scores_(i) += params_.kpe_over_ckv_scale * kpe_scores_(i);
-      }
-    }
-#pragma unroll
-    for (int32_t i = 0; i < kRows; i += 2) {
-      auto const scale = *reinterpret_cast<float2 const*>(&shared_.score_scale[row(i)]);
-#pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        score(i, half) *= scale.x;
-        score(i + 1, half) *= scale.y;
-      }
-    }
-    mask_scores();
-  }
-
-  // WGMMAs kFirst, ..., kEnd - 1 of S^T, of 16 columns each: kpe first.
-  template <int kFirst, int kEnd>
-  __device__ __forceinline__ void multiply_keys() {
-    typename Traits::Mma mma;
-    Tensor q = make_tensor(make_smem_ptr(shared_.query), typename Traits::LayoutQ{});
-    Tensor q_operand = mma.get_slice(thread_).partition_fragment_B(q);  // (MMA, 1, 4, box)
-    int32_t const lane = fresh_lane();
-    run_steps<kEnd - kFirst, Traits::kGroupSteps>(
-        [&](int32_t columns) {
-          return load_keys(kFirst / 2 + columns, kHasKpeScores ? lane : fresh_lane());
-        },
-        convert_keys,
-        [&](Fp8Fragment const& keys, int32_t i) {
-          int32_t const step = kFirst + i;
-          bool const is_first = step == 0 || (kHasKpeScores && step == 4);
-          mma.accumulate_ = is_first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
-          auto& scores = kHasKpeScores && step < 4 ? kpe_scores_ : scores_;
-          gemm(mma, keys, q_operand(_, 0, step % 4, step / 4), scores(_, 0, 0));
-        },
-        [](int32_t) {});
-  }
-
-  __device__ void mask_scores() {
-    Request const& request = segment().request;
-    auto visible_tokens = [&](int32_t packed_row) {
-      if (!params_.causal) return request.kv_len;
-      int32_t const query = params_.divide_by_heads.div(packed_row);
-      return min(request.kv_len - request.query_len + query + 1, request.kv_len);
-    };
-    int32_t const first_token = (tile_ + warpgroup_) * kTokenTile;
-    if (first_token + kTokenTile <= visible_tokens(segment().row_begin)) return;
-
-    int32_t const token = first_token + warp_ * 16 + lane_ / 4;
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      int32_t const visible = visible_tokens(segment().row_begin + row(i));
-#pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        if (token + 8 * half >= visible) score(i, half) = -INFINITY;
-      }
-    }
-  }
-
-  // Score of this thread's row i and token 16 * warp + lane / 4 + 8 * half of the tile.
-  __device__ float& score(int32_t i, int32_t half) { return scores_(i / 2 * 4 + half * 2 + i % 2); }
-
-  // Combines the values of each row over the lanes that see it, which are 4, 8 and 16 apart, and
-  // calls store(row, value). Each step halves the rows a lane still has, so that few shuffles do.
-  // `first` is the first of the rows that are left.
-  template <int kLanes = 16, int kCount = kRows, typename Combine, typename Store>
-  __device__ void reduce_over_warp(float (&values)[kRows], Combine combine, Store store,
-                                   int32_t first = 0) {
-    if constexpr (kLanes < 4) {
-      // Lanes that hold copies store the same value.
-#pragma unroll
-      for (int32_t i = 0; i < kCount; ++i) store(row(first + i, fresh_lane()), values[i]);
-    } else if constexpr (kCount == 1) {
-      values[0] = combine(values[0], __shfl_xor_sync(0xffffffff, values[0], kLanes));
-      reduce_over_warp<kLanes / 2, 1>(values, combine, store, first);
-    } else {
-      constexpr int32_t kKept = kCount / 2;
-      bool const is_upper = (lane_ & kLanes) != 0;
-#pragma unroll
-      for (int32_t i = 0; i < kKept; ++i) {
-        float const given = is_upper ? values[i] : values[i + kKept];
-        float const kept = is_upper ? values[i + kKept] : values[i];
-        values[i] = combine(kept, __shfl_xor_sync(0xffffffff, given, kLanes));
-      }
-      reduce_over_warp<kLanes / 2, kKept>(values, combine, store, first + (is_upper ? kKept : 0));
-    }
-  }
+  // --- Softmax, P^T ------------------------------------------------------------------------------
 
   __device__ void share_tile_max() {
     if (has_tile()) {
       float tile_max[kRows];
 #pragma unroll
-      for (int32_t i = 0; i < kRows; ++i) tile_max[i] = fmaxf(score(i, 0), score(i, 1));
-      reduce_over_warp(
+      for (int32_t i = 0; i < kRows; ++i) tile_max[i] = fmaxf(scores_(i, 0), scores_(i, 1));
+      thread_.reduce_over_warp(
           tile_max, [](float a, float b) { return fmaxf(a, b); },
           [this](int32_t row_of_tile, float max) {
             atomicMax(&shared_.score_max[row_of_tile], comparable_bits(__float_as_int(max)));
           });
+      if constexpr (kHasTokenScales) scores_.scales().share_largest();
     }
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
   }
@@ -296,7 +166,7 @@ class Fp8MathWarpgroup {
     bool is_changed = false;
 #pragma unroll
     for (int32_t i = 0; i < kRows; i += 2) {
-      int2 const max = *reinterpret_cast<int2 const*>(&shared_.score_max[row(i)]);
+      int2 const max = *reinterpret_cast<int2 const*>(&shared_.score_max[thread_.row(i)]);
       float2 const old = old_references(i);
       is_changed |= update_reference(reference[i], max.x, old.x);
       is_changed |= update_reference(reference[i + 1], max.y, old.y);
@@ -306,7 +176,7 @@ class Fp8MathWarpgroup {
     if (threadIdx.x < 4) {
 #pragma unroll
       for (int32_t i = 0; i < kRows; ++i) {
-        shared_.reference[reference_slot_][row(i)] = reference[i];
+        shared_.reference[reference_slot_][thread_.row(i)] = reference[i];
       }
     }
     if (__any_sync(0xffffffff, is_changed)) rescale(reference);
@@ -333,9 +203,17 @@ class Fp8MathWarpgroup {
     }
   }
 
+  __device__ void update_scale_references() {
+    scores_.scales().update_references([this](int32_t box, float factor) {
+#pragma unroll
+      for (int32_t i = 0; i < size(output_[box]); ++i) output_[box](i) *= factor;
+    });
+  }
+
   // Of this thread's rows i and i + 1.
   __device__ float2 old_references(int32_t i) const {
-    return *reinterpret_cast<float2 const*>(&shared_.reference[reference_slot_ ^ 1][row(i)]);
+    return *reinterpret_cast<float2 const*>(
+        &shared_.reference[reference_slot_ ^ 1][thread_.row(i)]);
   }
 
   // P^T = 2^(S^T - r) of this warpgroup's tile.
@@ -344,28 +222,61 @@ class Fp8MathWarpgroup {
     for (int32_t block = 0; block < kRowBlocks; block += kStoreBlocks) {
 #pragma unroll
       for (int32_t i = 2 * block; i < 2 * (block + kStoreBlocks); ++i) {
-        score(i, 0) = rescale_factor(score(i, 0), reference[i]);
-        score(i, 1) = rescale_factor(score(i, 1), reference[i]);
-        row_sum_[i] += score(i, 0) + score(i, 1);
+        scores_(i, 0) = rescale_factor(scores_(i, 0), reference[i]);
+        scores_(i, 1) = rescale_factor(scores_(i, 1), reference[i]);
+        row_sum_[i] += scores_(i, 0) + scores_(i, 1);
       }
-      write_probability_operand(block);
+      if constexpr (kHasTokenScales) {
+#pragma unroll
+        for (int32_t box = 0; box < Boxes::kCkv; ++box) {
+          write_probability_operand(block, box, scores_.scales().relative_scale(box, 0),
+                                    scores_.scales().relative_scale(box, 1));
+        }
+      } else {
+        write_probability_operand(block, 0, 1.f, 1.f);
+      }
     }
   }
 
-  // Writes P^T of kStoreBlocks blocks of 8 rows as WGMMA's B operand: [row][token]. Transposed
-  // 8 x 8 stores: lane l addresses row l % 8 of matrix l / 8; matrices go over the warp's two
-  // groups of 8 tokens first, then over the row blocks.
-  __device__ void write_probability_operand(int32_t block) {
+  // Writes P^T of kStoreBlocks blocks of 8 rows as WGMMA's B operand, this thread's tokens times
+  // these factors; `box` is that of their scales.
+  __device__ void write_probability_operand(int32_t block, int32_t box, float factor_0,
+                                            float factor_8) {
     uint32_t p[2 * kStoreBlocks];
+    auto value = [&](int32_t matrix, int32_t odd) {
+      float const factor = matrix % 2 == 0 ? factor_0 : factor_8;
+      return scores_(2 * (block + matrix / 2) + odd, matrix % 2) * factor;
+    };
 #pragma unroll
     for (int32_t matrix = 0; matrix < 2 * kStoreBlocks; ++matrix) {
-      int32_t const i = 2 * (block + matrix / 2);
-      p[matrix] = pack<Operand>(score(i, matrix % 2), score(i + 1, matrix % 2));
+      p[matrix] = pack<Operand>(value(matrix, 0), value(matrix, 1));
     }
-    int32_t const matrix = lane_ / 8 % (2 * kStoreBlocks);
-    Operand* const operand = shared_.probability + warpgroup_ * kRowTile * kTokenTile +
+    store_transposed(p, block, probability_copy(thread_.warpgroup, box, 0));
+    if constexpr (Traits::kProbabilityParts == 2) {
+#pragma unroll
+      for (int32_t matrix = 0; matrix < 2 * kStoreBlocks; ++matrix) {
+        float2 const high = unpack<Operand>(p[matrix]);
+        p[matrix] = pack<Operand>(value(matrix, 0) - high.x, value(matrix, 1) - high.y);
+      }
+      store_transposed(p, block, probability_copy(thread_.warpgroup, box, 1));
+    }
+  }
+
+  // Number of the operand [row][token] that holds a part of P of the pair's tile `half`, times the
+  // scales of `box`.
+  __device__ static int32_t probability_copy(int32_t half, int32_t box, int32_t part) {
+    constexpr int32_t kCopies = Traits::kProbabilityCopies;
+    return (half * kCopies + box % kCopies) * Traits::kProbabilityParts + part;
+  }
+
+  // Transposed 8 x 8 stores: lane l addresses row l % 8 of matrix l / 8; matrices go over the
+  // warp's two groups of 8 tokens first, then over the row blocks.
+  __device__ void store_transposed(uint32_t const (&p)[2 * kStoreBlocks], int32_t block,
+                                   int32_t copy) {
+    int32_t const matrix = thread_.lane / 8 % (2 * kStoreBlocks);
+    Operand* const operand = shared_.probability + copy * kRowTile * kTokenTile +
                              (block + matrix / 2) * 8 * kTokenTile +
-                             swizzled_chunk(lane_ % 8, warp_ * 2 + matrix % 2);
+                             swizzled_chunk(thread_.lane % 8, thread_.warp * 2 + matrix % 2);
     auto& target = *reinterpret_cast<uint128_t*>(operand);
     if constexpr (kStoreBlocks == 1) {
       SM90_U16x4_STSM_T::copy(p[0], p[1], target);
@@ -397,16 +308,8 @@ class Fp8MathWarpgroup {
   __device__ void publish_probabilities() {
     cutlass::arch::fence_view_async_shared();
     bool const is_last_pair = tile_ + kMathWarpgroups >= segment().tile_end;
-    if (is_last_pair) arrive_once_per_warp(&shared_.query_empty, 1);
+    if (is_last_pair) thread_.arrive_once_per_warp(&shared_.query_empty, 1);
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
-  }
-
-  __device__ void arrive_once_per_warp(uint64_t* barrier, uint32_t count) const {
-    __syncwarp();
-    if (lane_ == 0) {
-      cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
-                                 cuda::ptx::space_shared, barrier, count);
-    }
   }
 
   // --- O^T --------------------------------------------------------------------------------------
@@ -417,23 +320,28 @@ class Fp8MathWarpgroup {
   __device__ void accumulate_output() {
     typename Traits::Mma mma;
     Tensor p = make_tensor(make_smem_ptr(shared_.probability), typename Traits::LayoutP{});
-    Tensor p_operand = mma.get_slice(thread_).partition_fragment_B(p);  // (MMA, 1, 4, tile)
+    Tensor p_operand = mma.get_slice(thread_.thread).partition_fragment_B(p);  // (MMA, 1, 4, copy)
     mma.accumulate_ = GMMA::ScaleOut::One;
-    int32_t const lane = fresh_lane();
+    int32_t const lane = thread_.fresh_lane();
     fence_output();
     constexpr int32_t kSteps = kTiles * Boxes::kCkv * 4;
     run_steps<kSteps, Traits::kGroupSteps>(
         [&](int32_t tokens) { return load_values(tokens, lane); }, convert_values,
         [&](Fp8Fragment const& values, int32_t step) {
           int32_t const box = step / 4 % Boxes::kCkv, half = step / (4 * Boxes::kCkv);
-          gemm(mma, values, p_operand(_, 0, step % 4, half), output_[box](_, 0, 0));
+#pragma unroll
+          for (int32_t part = 0; part < Traits::kProbabilityParts; ++part) {
+            int32_t const copy = probability_copy(half, box, part);
+            gemm(mma, values, p_operand(_, 0, step % 4, copy), output_[box](_, 0, 0));
+          }
         },
         [&](int32_t tokens) {
           bool const is_last_of_box = tokens % 2 == 1;
           if (is_last_of_box) {
-            arrive_once_per_warp(&shared_.box_empty[value_slot(tokens).index], 1);
+            thread_.arrive_once_per_warp(&shared_.box_empty[value_slot(tokens).index], 1);
           }
-        });
+        },
+        [](int32_t) {});
     fence_output();
     ring_ = ring_.after(kTiles * Boxes::kPerTile);
   }
@@ -446,10 +354,10 @@ class Fp8MathWarpgroup {
   // --- End of a segment -------------------------------------------------------------------------
 
   __device__ void finish_segment() {
-    reduce_over_warp(
+    thread_.reduce_over_warp(
         row_sum_, [](float a, float b) { return a + b; },
         [this](int32_t row_of_tile, float sum) {
-          shared_.warp_sum[row_of_tile][4 * warpgroup_ + warp_] = sum;
+          shared_.warp_sum[row_of_tile][4 * thread_.warpgroup + thread_.warp] = sum;
         });
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
     bool const is_whole = segment().is_whole();
@@ -482,21 +390,29 @@ class Fp8MathWarpgroup {
     }
   }
 
+  // What O^T of a box is multiplied with.
+  __device__ float output_scale(int32_t box) {
+    if constexpr (kHasTokenScales) return scores_.scales().reference(box);
+    return params_.ckv_scale;
+  }
+
   // O^T / l of two neighbouring columns and two neighbouring rows is what a thread has of a
   // fragment.
   __device__ void write_output() {
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
-      bool const exists = row(i) < segment().num_rows;
-      float const scale = normalizer(total_sum(row(i))) * params_.ckv_scale;
+      bool const exists = thread_.row(i) < segment().num_rows;
+      float const scale = normalizer(total_sum(thread_.row(i)));
       DType* const out_row =
-          output_row<DType>(params_, segment().packed_row + (exists ? row(i) : 0));
+          output_row<DType>(params_, segment().packed_row + (exists ? thread_.row(i) : 0));
 #pragma unroll
       for (int32_t box = 0; box < Boxes::kCkv; ++box) {
         int32_t const value = i / 2 * 4 + i % 2;
-        int32_t const column = box * Boxes::kColumns + warpgroup_ * 64 + warp_ * 16 + lane_ / 4 * 2;
+        int32_t const column = box * Boxes::kColumns + thread_.warpgroup * 64 + thread_.warp * 16 +
+                               thread_.lane / 4 * 2;
+        float const factor = scale * output_scale(box);
         uint32_t const pair =
-            pack<DType>(output_[box](value) * scale, output_[box](value + 2) * scale);
+            pack<DType>(output_[box](value) * factor, output_[box](value + 2) * factor);
         if (exists) *reinterpret_cast<uint32_t*>(out_row + column) = pair;
       }
     }
@@ -505,21 +421,21 @@ class Fp8MathWarpgroup {
   // The merge kernel expects columns lane / 4 and lane / 4 + 8 of a lane; this one has 2 * (lane /
   // 4) and the next: of its pairs of rows each goes to another lane's place.
   __device__ void write_partial(int32_t slot) {
-    int32_t const lane = fresh_lane();
+    int32_t const lane = thread_.fresh_lane();
     int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
     int32_t const upper_half = lane / 16;
 #pragma unroll
     for (int32_t box = 0; box < Boxes::kCkv; ++box) {
 #pragma unroll
       for (int32_t block = 0; block < kRowBlocks; ++block) {
-        int32_t const index =
-            partial_index<kRowTile>(slot, 2 * box + warpgroup_, block, warp_, scattered_lane) +
-            upper_half * 2;
+        int32_t const index = partial_index<kRowTile>(slot, 2 * box + thread_.warpgroup, block,
+                                                      thread_.warp, scattered_lane) +
+                              upper_half * 2;
 #pragma unroll
         for (int32_t odd = 0; odd < 2; ++odd) {
           float const* const rows = &output_[box](block * 4 + odd * 2);
           *reinterpret_cast<float2*>(params_.partial_out + index + odd * 16) =
-              make_float2(rows[0] * params_.ckv_scale, rows[1] * params_.ckv_scale);
+              make_float2(rows[0] * output_scale(box), rows[1] * output_scale(box));
         }
       }
     }
@@ -527,10 +443,10 @@ class Fp8MathWarpgroup {
 
   Params const& params_;
   SharedStorage& shared_;
-  int32_t const thread_ = threadIdx.x % kWarpgroupThreads;
-  int32_t const warpgroup_ = cutlass::canonical_warp_group_idx();
-  int32_t const warp_ = cutlass::canonical_warp_idx_sync() % 4;
-  int32_t const lane_ = threadIdx.x % 32;
+  // Parts of this object have copies of it: a pointer into the object would keep all of it, the
+  // accumulators too, in memory.
+  Fp8Thread const thread_;
+  Scores scores_;  // of this warpgroup's tile
 
   RingPosition ring_;            // box 0 of the pair
   int32_t tile_;                 // first of the pair
@@ -539,8 +455,6 @@ class Fp8MathWarpgroup {
 
   using Accumulator =
       decltype(partition_fragment_C(typename Traits::Mma{}, Shape<_64, Int<kRowTile>>{}));
-  Accumulator scores_;
-  Accumulator kpe_scores_;  // unless there are 64 rows
   Accumulator output_[Boxes::kCkv];
   float row_sum_[kRows];  // over this thread's tokens only, until the segment ends
 };

@@ -62,12 +62,12 @@ __device__ __forceinline__ void convert_values(Fp8Codes const& codes, int32_t ha
 
 // Runs kSteps WGMMAs in groups: load(n) reads the codes of steps 2 n and 2 n + 1, convert(codes,
 // half, fragment) makes A of half of them, multiply(fragment, step) issues a WGMMA, release(n) is
-// told the last n converted. While a group of kGroup runs, the next is converted, for which the
-// codes were read before.
+// told the last n converted, finish(group) that every WGMMA before the group is done. While a group
+// of kGroup runs, the next is converted, for which the codes were read before.
 template <int kSteps, int kGroup, typename Load, typename Convert, typename Multiply,
-          typename Release>
+          typename Release, typename Finish>
 __device__ __forceinline__ void run_steps(Load load, Convert convert, Multiply multiply,
-                                          Release release) {
+                                          Release release, Finish finish) {
   constexpr int32_t kGroups = kSteps / kGroup;
   Fp8Codes codes[2][kGroup / 2];
   Fp8Fragment fragment[2][kGroup];
@@ -91,6 +91,7 @@ __device__ __forceinline__ void run_steps(Load load, Convert convert, Multiply m
     warpgroup_commit_batch();
     release((group + 1) * (kGroup / 2) - 1);
     warpgroup_wait<1>();  // the group before, whose fragments the next one takes
+    finish(group);
   }
   warpgroup_wait<0>();
 }

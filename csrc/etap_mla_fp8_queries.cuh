@@ -2,7 +2,7 @@
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
  * Queries for a cache of fp8: the loader copies them as they are, the math threads convert them to
- * fp16 in place.
+ * fp16 in place; for a kpe of bf16 the part of pe is that, too.
  */
 #pragma once
 
@@ -27,7 +27,10 @@ __device__ __forceinline__ float fp16_scale(float largest) {
 template <class Traits>
 class QueryConverter {
   using DType = typename Traits::DType;
+  using KpeElement = typename Traits::KpeElement;
   static constexpr int kQueryBoxes = Traits::kQueryBoxes;
+  // The box of pe is not for codes if kpe is of bf16.
+  static constexpr int kFirstBox = Traits::kHasTokenScales ? 1 : 0;
 
  public:
   __device__ QueryConverter(Params const& params, typename Traits::SharedStorage& shared)
@@ -36,7 +39,7 @@ class QueryConverter {
   __device__ void convert_row(int32_t row) {
     float largest = 0.f;
 #pragma unroll
-    for (int32_t box = 0; box < kQueryBoxes; ++box) {
+    for (int32_t box = kFirstBox; box < kQueryBoxes; ++box) {
       largest = fmaxf(largest, largest_of_box(row, box));
     }
 #pragma unroll
@@ -45,9 +48,10 @@ class QueryConverter {
     }
     float const scale = fp16_scale(largest);
 #pragma unroll
-    for (int32_t box = 0; box < kQueryBoxes; ++box) {
+    for (int32_t box = kFirstBox; box < kQueryBoxes; ++box) {
       convert_box(row, box, scale);
     }
+    if constexpr (Traits::kHasTokenScales && Traits::kQueryPeParts == 2) split_pe(row);
     if (chunk_ == 0) {
       shared_.score_scale[row] = params_.scale_log2 * params_.ckv_scale * (1.f / scale);
     }
@@ -80,6 +84,24 @@ class QueryConverter {
     int32_t const half = (chunk_ & 1) * 8;
     *reinterpret_cast<uint2*>(chunk_of(row, box, chunk_ & ~1) + half) = lower;
     *reinterpret_cast<uint2*>(chunk_of(row, box, chunk_ | 1) + half) = upper;
+  }
+
+  // fp16 becomes the sum of two bf16 numbers, exactly: the first has 8 of its 11 bits. They stay
+  // in the order of columns, as kpe is.
+  __device__ void split_pe(int32_t row) {
+    auto& words = *reinterpret_cast<uint4*>(chunk_of(row, 0, chunk_));
+    uint4 low;
+    auto split = [](uint32_t& word, uint32_t& low_word) {
+      float2 const pair = unpack<DType>(word);
+      word = pack<KpeElement>(pair.x, pair.y);
+      float2 const high = unpack<KpeElement>(word);
+      low_word = pack<KpeElement>(pair.x - high.x, pair.y - high.y);
+    };
+    split(words.x, low.x);
+    split(words.y, low.y);
+    split(words.z, low.z);
+    split(words.w, low.w);
+    *reinterpret_cast<uint4*>(shared_.query_pe_low + swizzled_chunk(row, chunk_)) = low;
   }
 
   Params const& params_;

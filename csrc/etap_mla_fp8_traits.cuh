@@ -18,20 +18,25 @@ struct EtapMlaFp8Traits {
   static_assert(sizeof(DType) == sizeof(Operand), "queries are converted in place");
   static constexpr KvLoader kKvLoader = kKvLoader_;
   static constexpr KvCache kKvCache = kKvCache_;
-  static_assert(kKvCache == KvCache::kFp8, "the FlashMLA layout has no kernel yet");
+  static constexpr bool kHasTokenScales = kKvCache == KvCache::kFp8FlashMla;
   static constexpr int kRowTile = kRowTile_;  // packed rows (query x head) on WGMMA's N
   static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32 || kRowTile == 64,
                 "an accumulator of 256 x row_tile floats must fit a warpgroup's registers");
+  static_assert(kRowTile <= 32 || !kHasTokenScales,
+                "three accumulators of scores must fit, too, and P once for each scale");
 
   // A box is [64 tokens x 128 columns], again one 128-byte swizzled row a token; that of kpe has 64
-  // columns and uses half of its place.
-  using Boxes = CacheBoxes<uint8_t, 128>;
+  // columns: of e4m3, for which it uses half of its place, or of bf16.
+  using KpeElement = cutlass::bfloat16_t;  // if kHasTokenScales
+  using Boxes =
+      CacheBoxes<uint8_t, 128, kHeadDimKpe*(kHasTokenScales ? int(sizeof(KpeElement)) : 1)>;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
 
   static constexpr int kRowsPerThread = kRowTile / 4;
+  static constexpr int kScaleBytes = kTokenTile * Boxes::kCkv * int(sizeof(float));  // of a tile
 
   // WGMMAs (16 columns or tokens each) whose A operand is converted while the group before them
   // runs; 64 rows leave no registers for more.
@@ -41,15 +46,28 @@ struct EtapMlaFp8Traits {
   using KAtom = GMMA::Layout_K_SW128_Atom<Operand>;
   using LayoutQ =
       decltype(tile_to_shape(KAtom{}, Shape<Int<kRowTile>, Int<kBoxColumns>, Int<kQueryBoxes>>{}));
+  // P of each tile of the pair, times each scale of its tokens. The products are rounded to fp16,
+  // whatever weight a token has; where the result is of fp16, too, they have a second part.
+  static constexpr int kProbabilityCopies = kHasTokenScales ? Boxes::kCkv : 1;
+  static constexpr int kProbabilityParts =
+      kHasTokenScales && std::is_same_v<DType, Operand> ? 2 : 1;
   using LayoutP = decltype(tile_to_shape(
-      KAtom{}, Shape<Int<kRowTile>, Int<kTokenTile>, Int<kMathWarpgroups>>{}));
+      KAtom{}, Shape<Int<kRowTile>, Int<kTokenTile>,
+                     Int<kMathWarpgroups * kProbabilityCopies * kProbabilityParts>>{}));
+
+  // Of bf16, so that they hold the pe part of a query exactly, if kHasTokenScales.
+  static constexpr int kQueryPeParts = std::is_same_v<DType, KpeElement> ? 1 : 2;
 
   static constexpr int kRingBoxes = [] {
     int const operands = (cosize_v<LayoutQ> + cosize_v<LayoutP>)*int(sizeof(Operand));
     int const statistics = (4 + kMathWarps) * kRowTile * int(sizeof(float));
     int const fixed = operands + statistics +
                       int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) + 64;
-    return (kSharedMemoryLimit - fixed) / (Boxes::kElements + 16);
+    int const box = Boxes::kElements + 16;
+    if (!kHasTokenScales) return (kSharedMemoryLimit - fixed) / box;
+    int const low_part = 1024 + (kQueryPeParts - 1) * kRowTile * kHeadDimKpe * 2;
+    return (kSharedMemoryLimit - fixed - low_part - kScaleBytes) /
+           (box + kScaleBytes / Boxes::kPerTile + 1);
   }();
   static_assert(kRingBoxes >= 2 * Boxes::kPerTile, "the ring must hold the pair of tiles in work");
   static constexpr bool kLoadsBoxByBox = false;
@@ -58,8 +76,17 @@ struct EtapMlaFp8Traits {
   using Mma = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Operand, Operand, float, Shape<_64, Int<kRowTile>, _16>, GMMA::Major::K,
                            GMMA::Major::K>()));
+  // The part of kpe in bf16.
+  using KpeAtom = GMMA::Layout_K_SW128_Atom<KpeElement>;
+  using LayoutKpe = decltype(tile_to_shape(
+      KpeAtom{}, Shape<Int<kTokenTile>, Int<kHeadDimKpe>, Int<kRingBoxes>>{}));
+  using LayoutQueryPe =
+      decltype(tile_to_shape(KpeAtom{}, Shape<Int<kRowTile>, Int<kHeadDimKpe>>{}));
+  using MmaKpe = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<KpeElement, KpeElement, float, Shape<_64, Int<kRowTile>, _16>,
+                           GMMA::Major::K, GMMA::Major::K>()));
 
-  struct SharedStorage {
+  struct Storage {
     alignas(1024) uint8_t ring[kRingBoxes * Boxes::kElements];
     alignas(1024) Operand query[cosize_v<LayoutQ>];
     alignas(1024) Operand probability[cosize_v<LayoutP>];  // of the pair's tiles
@@ -73,6 +100,16 @@ struct EtapMlaFp8Traits {
     CtaWork work;
     ScheduleScratch schedule;
   };
+
+  // Tiles whose kpe lies within the same kPerTile boxes of the ring share a place for scales: one
+  // needs boxes that the other gives back after its scales were read.
+  static constexpr int kScalePlaces = (kRingBoxes + Boxes::kPerTile - 1) / Boxes::kPerTile;
+  struct StorageWithScales : Storage {
+    alignas(1024) KpeElement query_pe_low[kQueryPeParts == 2 ? kRowTile * kHeadDimKpe : 1];
+    alignas(128) float scales[kScalePlaces][kTokenTile][Boxes::kCkv];
+    alignas(16) int32_t largest_scale[Boxes::kCkv];  // bits of those above their references
+  };
+  using SharedStorage = std::conditional_t<kHasTokenScales, StorageWithScales, Storage>;
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };
 

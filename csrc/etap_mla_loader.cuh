@@ -47,7 +47,9 @@ __device__ __forceinline__ TokenPlace find_token(Params const& params, Request c
 }
 
 // The boxes of a tile, whose places lanes know: lane g that of the g-th group of rows, which lies
-// within one page. `copies` groups of each box are copied; none if the request is empty.
+// within one page. `copies` groups of each box are copied; none if the request is empty. With
+// FlashMLA's layout ckv_map is of whole tokens, kpe among them, and kpe_map of their scales, which
+// arrive with the box of kpe.
 template <class Traits>
 struct TileByTma {
   using Boxes = typename Traits::Boxes;
@@ -55,22 +57,35 @@ struct TileByTma {
   CUtensorMap const *ckv_map, *kpe_map;
   int32_t rows_per_copy;
 
+  static constexpr bool kIsFlashMla = Traits::kKvCache == KvCache::kFp8FlashMla;
+
   __device__ static int32_t columns(int32_t box) {
-    return box == 0 ? kHeadDimKpe : Boxes::kColumns;
+    return box == 0 ? Boxes::kKpeElements : Boxes::kColumns;
   }
 
   __device__ void announce(uint64_t* full, int32_t box, int32_t copies) const {
-    int32_t const row_bytes = columns(box) * int32_t(sizeof(typename Boxes::Element));
+    int32_t row_bytes = columns(box) * int32_t(sizeof(typename Boxes::Element));
+    if (kIsFlashMla && box == 0) row_bytes += kFlashMlaScaleBytes;
     TransactionBarrier::arrive_and_expect_tx(full, copies * rows_per_copy * row_bytes);
   }
 
   __device__ void copy_group(SharedStorage& shared, int32_t slot, int32_t box, int32_t group,
                              TokenPlace const& place) const {
-    SM90_TMA_LOAD_3D::copy(
-        box == 0 ? kpe_map : ckv_map, &shared.box_full[slot],
-        static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-        &shared.ring[slot * Boxes::kElements + group * rows_per_copy * columns(box)],
-        box == 0 ? 0 : (box - 1) * Boxes::kColumns, place.row, place.page);
+    auto copy = [&](CUtensorMap const* map, void* target, int32_t column) {
+      SM90_TMA_LOAD_3D::copy(map, &shared.box_full[slot],
+                             static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
+                             column, place.row, place.page);
+    };
+    auto* const rows = &shared.ring[slot * Boxes::kElements + group * rows_per_copy * columns(box)];
+    if constexpr (kIsFlashMla) {
+      copy(ckv_map, rows, box == 0 ? kFlashMlaKpeOffset : (box - 1) * Boxes::kColumns);
+      if (box == 0) {
+        auto* const scales = shared.scales[slot / Boxes::kPerTile][group * rows_per_copy];
+        copy(kpe_map, scales, 0);
+      }
+    } else {
+      copy(box == 0 ? kpe_map : ckv_map, rows, box == 0 ? 0 : (box - 1) * Boxes::kColumns);
+    }
   }
 
   // Lane b copies box b, once there is room for all boxes: a token's boxes share a DRAM page.
@@ -211,6 +226,14 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
               shared.ring + ring.after(box).index * Boxes::kElements +
                   (box == 0 ? kpe_place : ckv_place),
               box == 0 ? token_kpe : token_ckv + (box - 1) * Boxes::kColumns, token_exists);
+        }
+        if constexpr (Traits::kKvCache == KvCache::kFp8FlashMla) {
+          auto* const scales = shared.scales[ring.index / Boxes::kPerTile][token];
+          if (chunk == 0) {
+            cutlass::arch::cp_async_zfill<kFlashMlaScaleBytes,
+                                          cutlass::arch::CacheOperation::Global>(
+                scales, token_ckv + kFlashMlaScaleOffset, token_exists);
+          }
         }
       }
 #pragma unroll

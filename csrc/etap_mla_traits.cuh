@@ -57,18 +57,26 @@ enum class KvLoader { kTma, kGather };
 // them, 64 bf16 of kpe.
 enum class KvCache { kSame, kFp8, kFp8FlashMla };
 
+// A token of kFp8FlashMla, in bytes: codes, scales, kpe.
+constexpr int kFlashMlaTokenBytes = 656;
+constexpr int kFlashMlaScaleOffset = kHeadDimCkv;
+constexpr int kFlashMlaScaleBytes = 16;
+constexpr int kFlashMlaKpeOffset = kFlashMlaScaleOffset + kFlashMlaScaleBytes;
+
 // How the cache lies in the ring: boxes of [64 tokens x kColumns], 128 bytes a token. A token tile
-// is a box of kpe, which has 64 columns of any type, and then those of ckv.
-template <typename Element_, int kColumns_>
+// is a box of kpe, which has 64 columns of any type, in all kKpeElements of Element, and then those
+// of ckv.
+template <typename Element_, int kColumns_, int kKpeElements_ = kHeadDimKpe>
 struct CacheBoxes {
   using Element = Element_;
+  static constexpr int kKpeElements = kKpeElements_;
   static constexpr int kColumns = kColumns_;
   static_assert(kColumns * sizeof(Element) == 128, "rows of one 128-byte swizzle");
   static constexpr int kCkv = kHeadDimCkv / kColumns;
   static constexpr int kPerTile = kCkv + 1;
   static constexpr int kElements = kTokenTile * kColumns;
   static constexpr int kChunk = 16 / int(sizeof(Element));  // elements of a 16-byte chunk
-  static constexpr int kKpeChunks = kHeadDimKpe / kChunk;   // of a token, in a row of 8
+  static constexpr int kKpeChunks = kKpeElements / kChunk;  // of a token, in a row of 8
 };
 
 // One request, as the kernel sees it.

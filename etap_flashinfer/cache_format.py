@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from . import dispatch, quantization, validation
+from . import quantization, validation
 from .dispatch import HEAD_DIM_CKV, HEAD_DIM_KPE
 from .quantization import FLASHMLA_TOKEN_BYTES, FP8_DTYPE
 from .validation import Problem
@@ -53,19 +53,22 @@ def resolve(kv_data_type: torch.dtype, kv_cache_format: Any) -> KvCacheFormat | 
     return kv_cache_format or "fp8_e4m3"
 
 
-def refuse_without_kernel(kv_data_type: Any, kv_cache_format: Any, backend: str) -> None:
-    """Refuse a format that neither the ETAP kernel nor stock FlashInfer reads.
+def refuse_stock(
+    kv_data_type: Any, kv_cache_format: Any, backend: str, etap_refusal: str | None
+) -> None:
+    """Refuse a format that stock FlashInfer does not read, or that is none.
 
-    ``backend`` is the one asked for, any but the reference, which reads every format.
+    ``backend`` is the one asked for; ``etap_refusal`` says why ETAP, which would have been taken
+    first, does not serve.
     """
-    if kv_cache_format is None or resolve(kv_data_type, kv_cache_format) in (
-        dispatch.KV_CACHE_OF_FORMAT
-    ):
+    if kv_cache_format is None or resolve(kv_data_type, kv_cache_format) != "flashmla_656":
         return
+    reason = f", and ETAP does not serve: {etap_refusal}" if etap_refusal else ""
     raise ValueError(
-        f"backend {backend!r}: no kernel reads kv_cache_format {kv_cache_format!r} yet; use "
-        "backend='reference' (plain PyTorch), or requantise the cache to 'fp8_e4m3' "
-        "(etap_flashinfer.quantization: dequantize_flashmla_656, then quantize_fp8_e4m3)"
+        f"backend {backend!r}: stock FlashInfer does not read kv_cache_format "
+        f"{kv_cache_format!r}{reason}; use backend='etap' on a Hopper GPU or 'reference' (plain "
+        "PyTorch), or requantise the cache to 'fp8_e4m3' (etap_flashinfer.quantization: "
+        "dequantize_flashmla_656, then quantize_fp8_e4m3)"
     )
 
 

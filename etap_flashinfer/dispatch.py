@@ -11,10 +11,13 @@ MAX_NUM_HEADS = 128
 DTYPES = (torch.bfloat16, torch.float16)
 ROW_TILES = (8, 16, 32, 64)
 KvLoader = Literal["tma", "gather"]
-# Of a compiled variant: a cache of the queries' type, or of e4m3 codes.
-KvCache = Literal["same", "fp8"]
-# By kv_cache_format; a format that is not here has no kernel yet.
-KV_CACHE_OF_FORMAT: dict[str | None, KvCache] = {None: "same", "fp8_e4m3": "fp8"}
+# Of a compiled variant: a cache of the queries' type, of e4m3 codes, or in FlashMLA's layout.
+KvCache = Literal["same", "fp8", "flashmla_656"]
+KV_CACHE_OF_FORMAT: dict[str | None, KvCache] = {
+    None: "same",
+    "fp8_e4m3": "fp8",
+    "flashmla_656": "flashmla_656",
+}
 HOPPER = (9, 0)
 
 # The kernel's token tile, and the fewest rows of one page that a TMA copy box may hold.
@@ -22,11 +25,20 @@ TOKEN_TILE = 64
 MIN_ROWS_PER_COPY = 8
 
 
-def choose_row_tile(num_heads: int, query_len: int) -> int:
+def row_tiles(kv_cache: KvCache) -> tuple[int, ...]:
+    """The row tiles that are compiled for a cache, ascending.
+
+    With FlashMLA's layout, products of 128 columns wait in registers for the scales of their tokens
+    before they can be added; with 64 rows these don't fit.
+    """
+    return ROW_TILES[:-1] if kv_cache == "flashmla_656" else ROW_TILES
+
+
+def choose_row_tile(num_heads: int, query_len: int, kv_cache: KvCache = "same") -> int:
     """Choose the row tile, WGMMA's N, for requests of ``query_len`` queries.
 
     Any row tile gives a right result for any input; the smallest that holds the packed rows
-    (query x head) of a request wastes the least, and several tiles of 64 cover more than 64 rows.
+    (query x head) of a request wastes the least, and several of the largest tile cover more.
 
     Parameters
     ----------
@@ -34,17 +46,16 @@ def choose_row_tile(num_heads: int, query_len: int) -> int:
         Query heads.
     query_len : int
         Longest query of the batch, or an estimate of it.
+    kv_cache : str
+        Of the variant.
 
     Returns
     -------
     int
-        8, 16, 32 or 64.
+        One of :func:`row_tiles`.
     """
-    rows = num_heads * query_len
-    for row_tile in ROW_TILES:
-        if rows <= row_tile:
-            return row_tile
-    return ROW_TILES[-1]
+    rows, tiles = num_heads * query_len, row_tiles(kv_cache)
+    return next((row_tile for row_tile in tiles if rows <= row_tile), tiles[-1])
 
 
 def choose_kv_loader(page_size: int) -> KvLoader:

@@ -29,7 +29,7 @@ from typing import Any, get_args
 import torch
 
 from . import dispatch, stock
-from .dispatch import HOPPER, ROW_TILES, KvCache, KvLoader
+from .dispatch import HOPPER, KvCache, KvLoader
 
 AOT_DIR_ENV = "ETAP_FLASHINFER_AOT_DIR"
 AOT_MANIFEST = "manifest.json"
@@ -37,7 +37,7 @@ AOT_MANIFEST = "manifest.json"
 _SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CPP_DTYPES = {torch.bfloat16: "cutlass::bfloat16_t", torch.float16: "cutlass::half_t"}
 _CPP_KV_LOADERS = {"tma": "kTma", "gather": "kGather"}
-_CPP_KV_CACHES = {"same": "kSame", "fp8": "kFp8"}
+_CPP_KV_CACHES = {"same": "kSame", "fp8": "kFp8", "flashmla_656": "kFp8FlashMla"}
 _TEMPLATE_SUFFIX = ".jinja"
 _DIGEST_SUFFIX = ".sha256"
 _BUILD_LOG_LINES = 30
@@ -57,12 +57,13 @@ class EtapMlaVariant:
     dtype : torch.dtype
         Of queries and output: ``torch.bfloat16`` or ``torch.float16``.
     row_tile : int
-        Packed rows (query x head) of one tile, WGMMA's N: 8, 16, 32 or 64.
+        Packed rows (query x head) of one tile, WGMMA's N: 8, 16, 32 or, but for
+        ``"flashmla_656"``, 64.
     kv_loader : str
         ``"tma"`` (page sizes with ``gcd(page_size, 64) >= 8``) or ``"gather"`` (every page size).
     kv_cache : str
-        ``"same"`` (elements of ``dtype``) or ``"fp8"`` (e4m3 codes with one scale for ckv and one
-        for kpe).
+        ``"same"`` (elements of ``dtype``), ``"fp8"`` (e4m3 codes with one scale for ckv and one
+        for kpe) or ``"flashmla_656"`` (FlashMLA's 656 bytes a token).
 
     Raises
     ------
@@ -77,9 +78,9 @@ class EtapMlaVariant:
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, tuple(_SHORT_DTYPES))
-        _check_choice("row_tile", self.row_tile, ROW_TILES)
         _check_choice("kv_loader", self.kv_loader, get_args(KvLoader))
         _check_choice("kv_cache", self.kv_cache, get_args(KvCache))
+        _check_choice("row_tile", self.row_tile, dispatch.row_tiles(self.kv_cache))
 
     @property
     def short_name(self) -> str:
@@ -107,7 +108,7 @@ ALL_VARIANTS = tuple(
     EtapMlaVariant(dtype, row_tile, kv_loader, kv_cache)
     for kv_cache in get_args(KvCache)
     for dtype in _SHORT_DTYPES
-    for row_tile in ROW_TILES
+    for row_tile in dispatch.row_tiles(kv_cache)
     for kv_loader in get_args(KvLoader)
 )
 

@@ -223,8 +223,8 @@ class BatchMLAPagedAttentionWrapper:
             Not in FlashInfer's signature. How an fp8 cache is laid out: ``"fp8_e4m3"``, the default
             for ``kv_data_type=torch.float8_e4m3fn``, e4m3 codes with one scale for ckv and one for
             kpe, given to ``run``; or ``"flashmla_656"``, FlashMLA's 656 bytes a token (512 e4m3
-            codes of ckv, four fp32 scales for 128 columns each, 64 bf16 of kpe), which no kernel
-            reads yet, only ``backend="reference"``. :mod:`etap_flashinfer.quantization` makes both.
+            codes of ckv, four fp32 scales for 128 columns each, 64 bf16 of kpe), which ETAP and
+            the reference read. :mod:`etap_flashinfer.quantization` makes both.
         use_profiler, cum_seq_lens_q, block_tables, seq_lens, max_q_len, output_scale, \
 skip_softmax, use_sinks
             Served by stock FlashInfer only: ``backend="auto"`` turns to it, ``"etap"`` and
@@ -279,10 +279,8 @@ skip_softmax, use_sinks
         )
         self._is_planned = False  # a plan that fails leaves none behind
         self._checked_index = None
-        if self.backend != "reference":
-            cache_format.refuse_without_kernel(
-                kv_data_type, kv_cache_format, self._requested_backend
-            )
+        if self._is_always_stock:
+            self._refuse_stock(kv_data_type, kv_cache_format, self._device_refusal)
         has_index = metadata is not None or any(tensor is not None for tensor in index.values())
         if index_values.is_wanted(validate) and (validate or has_index):
             self._checked_index = index_values.check(
@@ -311,6 +309,7 @@ skip_softmax, use_sinks
             if self._requested_backend == "auto" and self.backend == "etap":
                 _log_choice("etap", self.device, "a Hopper GPU and a problem it serves")
         elif self._requested_backend == "auto" and self.backend != "reference":
+            self._refuse_stock(kv_data_type, kv_cache_format, refusal)
             self._use_stock("fa3" if kv_data_type == torch.float8_e4m3fn else "auto")
             self._plan_stock(index, metadata, problem, options)
             self._log_stock(refusal)
@@ -505,9 +504,9 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
 
     def _kernel(self, problem: Problem, query_len: int) -> Callable[..., None]:
         """Entry point of the variant that serves requests of ``query_len`` queries best."""
-        row_tile = dispatch.choose_row_tile(problem.num_heads, query_len)
-        kv_loader = dispatch.choose_kv_loader(problem.page_size)
         kv_cache = dispatch.KV_CACHE_OF_FORMAT[problem.kv_cache_format]
+        row_tile = dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache)
+        kv_loader = dispatch.choose_kv_loader(problem.page_size)
         key = (problem.q_data_type, row_tile, kv_loader, kv_cache)
         kernel = self._kernels.get(key)
         if kernel is None:
@@ -519,6 +518,13 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
             )
             kernel = self._kernels[key] = module.run
         return kernel
+
+    def _refuse_stock(self, kv_data_type: Any, kv_cache_format: Any, refusal: str | None) -> None:
+        """Refuse what stock FlashInfer would misread; ``refusal`` is why ETAP does not serve."""
+        etap_refusal = refusal if self._requested_backend == "auto" else None
+        cache_format.refuse_stock(
+            kv_data_type, kv_cache_format, self._requested_backend, etap_refusal
+        )
 
     def _use_stock(self, backend: str) -> None:
         """Take a stock wrapper, made where there is none yet, for the calls that follow."""

@@ -105,6 +105,7 @@ class Fuzzer:
             given.lse,
             case.lse_base_e,
             compare.two_part_tokens(case.heads, max(case.q_lens)),
+            is_flashmla=case.kv_dtype == "flashmla_656",
         )
 
     def judge(self) -> None:

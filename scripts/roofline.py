@@ -48,7 +48,13 @@ PADDED_ROWS = 64
 ETAP_ROW_STEPS = (8, 16, 32, 64)
 FULL_RATE = 4096  # dense bf16 FLOP a cycle and SM: m64nNk16 in N/2 cycles
 FLOP_PER_TOKEN_AND_ROW = 2 * (TOKEN_WIDTH + HEAD_DIM_CKV)
-CACHE_BYTES = {"bf16": 2, "fp16": 2, "fp8_e4m3": 1}  # a number of the cache, named as in evidence
+# Of a cached token, by the evidence's names of caches.
+TOKEN_BYTES = {
+    "bf16": 2 * TOKEN_WIDTH,
+    "fp16": 2 * TOKEN_WIDTH,
+    "fp8_e4m3": TOKEN_WIDTH,
+    "flashmla_656": 656,
+}
 KERNELS = ("etap", "padded")
 # flashinfer_fa2 is not among them: it does not use WGMMA, so its rows are not padded to 64.
 PADDED_PEERS = ("flashinfer_fa3", "flashmla", "fa3", "flashmla_fp8", "flashinfer_fp8")
@@ -164,14 +170,14 @@ def tile_cycles(gpu: Gpu, kernel: str, rows: int, cache: str) -> float:
     rows : int
         Query length x heads.
     cache : str
-        "bf16", "fp16" or "fp8_e4m3".
+        "bf16", "fp16", "fp8_e4m3" or "flashmla_656".
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
     # 36 + 32 of k16, for every 64 tokens and row tile, however M and N share them.
-    instructions = (TOKEN_WIDTH + HEAD_DIM_CKV) // 16 * CACHE_BYTES[cache] // 2
+    instructions = (TOKEN_WIDTH + HEAD_DIM_CKV) // (16 if cache in ("bf16", "fp16") else 32)
     if kernel == "padded":
         full = PADDED_ROWS / 2 * FULL_RATE / gpu.tensor_rate
         return -(-rows // PADDED_ROWS) * instructions * full
@@ -191,7 +197,7 @@ def bound(gpu: Gpu, kernel: str, rows: int, cache: str, batch: int, context: int
     """
     tokens = batch * context
     cycles = tile_cycles(gpu, kernel, rows, cache) * tokens / TILE_TOKENS / gpu.sms
-    cache_bytes = tokens * TOKEN_WIDTH * CACHE_BYTES[cache]
+    cache_bytes = tokens * TOKEN_BYTES[cache]
     return Bound(
         memory_us=cache_bytes / gpu.bandwidth_tbps / 1e6,
         tensor_us=cycles / gpu.clock_ghz / 1e3,
@@ -295,7 +301,7 @@ def l2_rows(gpu: Gpu, measured: dict[str, Any]) -> list[list[str]]:
     rows = []
     for case in measured["cases"]:
         heads, cache = case["heads"], case["kv_dtype"]
-        tile_bytes = TILE_TOKENS * TOKEN_WIDTH * CACHE_BYTES[cache]
+        tile_bytes = TILE_TOKENS * TOKEN_BYTES[cache]
         memory = tile_bytes * gpu.sms * gpu.clock_ghz / gpu.bandwidth_tbps / 1e3
         bounds = (tile_cycles(gpu, "etap", heads, cache), memory)
         rows.append([cache, str(heads), *(f"{c:.0f}" for c in (case["tile_cycles"], *bounds))])

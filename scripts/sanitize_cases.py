@@ -22,7 +22,7 @@ from etap_flashinfer import quantization
 
 SM_SCALE = 192**-0.5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-RMSE_BOUNDS = {"same": 1.15, "fp8": 1.5}  # times that of rounding
+RMSE_BOUNDS = {"same": 1.15, "fp8": 1.5, "flashmla_656": 1.15}  # times that of rounding
 WORKSPACE_BYTES = 128 * 1024 * 1024
 
 
@@ -43,6 +43,7 @@ def small_case(
         rows.append((own[:, None] * page_size + torch.arange(page_size)).flatten()[:length])
         cache.view(-1, 576)[rows[-1]] = torch.randn(length, 576, generator=generator).to(dtype)
     run, values = cache_arguments(cache, kv_cache)
+    cache_format = {"kv_cache_format": "flashmla_656"} if kv_cache == "flashmla_656" else {}
     expected = torch.zeros(sum(q_lens), heads, 512, dtype=torch.float64)
     for request, length in enumerate(kv_lens):
         tokens = values.view(-1, 576)[rows[request]]
@@ -64,6 +65,7 @@ def small_case(
         "sm_scale": SM_SCALE,
         "q_data_type": dtype,
         "kv_data_type": dtype if kv_cache == "same" else quantization.FP8_DTYPE,
+        **cache_format,
     }
     return plan, {"query": queries, **run}, expected
 
@@ -72,6 +74,10 @@ def cache_arguments(cache: torch.Tensor, kv_cache: str) -> tuple[dict, torch.Ten
     """Arguments of run() for a cache, and its values in float64; NaN stays NaN."""
     if kv_cache == "same":
         return {"kv_cache": cache}, cache.double()
+    if kv_cache == "flashmla_656":
+        packed = quantization.quantize_flashmla_656(cache).cache
+        packed[cache.isnan().any(-1)] = 0xFF  # NaN as scale, too
+        return {"kv_cache": packed}, quantization.dequantize_flashmla_656(packed, torch.float64)
     given = quantization.quantize_fp8_e4m3(cache)
     scales = {"ckv_scale": given.ckv_scale, "kpe_scale": given.kpe_scale}
     values = quantization.dequantize_fp8_e4m3(given.cache, **scales, dtype=torch.float64)
@@ -101,14 +107,14 @@ def run_case(
     return right
 
 
-def missing_variants(wrapper: object, dtypes: list[str]) -> list[str]:
-    """Compiled variants of ``dtypes`` that ``wrapper`` has not used."""
+def missing_variants(wrapper: object, dtypes: list[str], kv_caches: list[str]) -> list[str]:
+    """Compiled variants of ``dtypes`` and ``kv_caches`` that ``wrapper`` has not used."""
     from etap_flashinfer import jit
 
     wanted = {
         (variant.dtype, variant.row_tile, variant.kv_loader, variant.kv_cache): variant.short_name
         for variant in jit.ALL_VARIANTS
-        if variant.dtype in {DTYPES[name] for name in dtypes}
+        if variant.dtype in {DTYPES[name] for name in dtypes} and variant.kv_cache in kv_caches
     }
     return [name for key, name in wanted.items() if key not in wrapper._kernels]
 
@@ -133,7 +139,7 @@ def main() -> int:
     cells = itertools.product(options.heads, options.page_size, options.dtype, options.kv_cache)
     results = [run_case(*cell, options.seed + index, wrapper) for index, cell in enumerate(cells)]
     torch.cuda.synchronize()
-    missing = missing_variants(wrapper, options.dtype)
+    missing = missing_variants(wrapper, options.dtype, options.kv_cache)
     print(f"{sum(results)} of {len(results)} cases right; variants not run: {missing or 'none'}")
     return 0 if all(results) and not missing else 1
 

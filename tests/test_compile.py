@@ -11,7 +11,7 @@ import check_ptxas
 import pytest
 import torch
 
-from etap_flashinfer import jit
+from etap_flashinfer import dispatch, jit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -148,10 +148,11 @@ def bf16_n16(kv_cache="same"):
 
 
 def test_expected_shapes():
-    variants = [jit.EtapMlaVariant(torch.bfloat16, n, "tma") for n in jit.ROW_TILES]
+    variants = [jit.EtapMlaVariant(torch.bfloat16, n, "tma") for n in dispatch.ROW_TILES]
     widths = [sorted(s[1] for s in check_ptxas.expected_wgmma_shapes(v)) for v in variants]
     assert widths == [[8, 16], [16, 32], [32, 64], [64, 256]]
-    assert check_ptxas.expected_wgmma_shapes(bf16_n16("fp8")) == {(64, 16, 16)}
+    for kv_cache in ("fp8", "flashmla_656"):
+        assert check_ptxas.expected_wgmma_shapes(bf16_n16(kv_cache)) == {(64, 16, 16)}
 
 
 def test_sass_as_expected_is_no_problem():

@@ -79,11 +79,13 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 # --- variants and names ---------------------------------------------------------------------------
 
 
-def test_all_variants_are_the_32():
-    assert len(set(jit.ALL_VARIANTS)) == len({v.name for v in jit.ALL_VARIANTS}) == 32
+def test_all_variants_are_the_44():
+    assert len(set(jit.ALL_VARIANTS)) == len({v.name for v in jit.ALL_VARIANTS}) == 44
     caches = [v.kv_cache for v in jit.ALL_VARIANTS]
-    assert [caches.count(each) for each in ("same", "fp8")] == [16, 16]
-    assert {v.row_tile for v in jit.ALL_VARIANTS} == {8, 16, 32, 64}
+    assert [caches.count(each) for each in ("same", "fp8", "flashmla_656")] == [16, 16, 12]
+    for cache in ("same", "fp8"):
+        assert {v.row_tile for v in jit.ALL_VARIANTS if v.kv_cache == cache} == {8, 16, 32, 64}
+    assert {v.row_tile for v in jit.ALL_VARIANTS if v.kv_cache == "flashmla_656"} == {8, 16, 32}
     assert {v.dtype for v in jit.ALL_VARIANTS} == {torch.bfloat16, torch.float16}
 
 
@@ -94,6 +96,7 @@ def test_all_variants_are_the_32():
         (torch.bfloat16, 24, "tma"),
         (torch.bfloat16, 16, "cp_async"),
         (torch.bfloat16, 16, "tma", "fp8_e5m2"),
+        (torch.bfloat16, 64, "tma", "flashmla_656"),
     ],
 )
 def test_variant_names_what_is_allowed(arguments):
@@ -107,6 +110,7 @@ def test_variant_names_what_is_allowed(arguments):
     [
         ("same", "bf16_n16_tma", "kSame"),
         ("fp8", "bf16_fp8_n16_tma", "kFp8"),
+        ("flashmla_656", "bf16_flashmla_656_n16_tma", "kFp8FlashMla"),
     ],
 )
 def test_names_of_the_caches(kv_cache, short_name, rendered):

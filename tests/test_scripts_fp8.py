@@ -47,7 +47,9 @@ def test_issue5_holds_the_cells_of_every_bar():
     for heads in (64, 128):
         for context in (16, 64):
             assert grid.Cell(16, context * K, heads=heads, kv_cache="fp8") in cells
-    assert {cell.kv_cache for cell in cells} == {"fp8"}
+    for context in (1, 16, 64):
+        assert grid.Cell(16, context * K, kv_cache="flashmla_656") in cells
+    assert {cell.kv_cache for cell in cells} == {"fp8", "flashmla_656"}
 
 
 def test_cells_are_measured_by_kind():
@@ -57,6 +59,7 @@ def test_cells_are_measured_by_kind():
     assert list(dict.fromkeys(kinds)) == [
         ("bf16", "same"),
         ("bf16", "fp8"),
+        ("bf16", "flashmla_656"),
         ("fp16", "same"),
         ("fp16", "fp8"),
     ]
@@ -67,6 +70,8 @@ def test_what_a_cell_reads():
     assert (fp8.kv_dtype, fp8.token_bytes) == ("fp8_e4m3", 576)
     assert fp8.nominal_bytes() == grid.Cell(1, 64).nominal_bytes() == 64 * 1152
     assert "fp8 cache" in fp8.label()
+    packed = grid.Cell(1, 64, kv_cache="flashmla_656")
+    assert (packed.kv_dtype, packed.token_bytes) == ("flashmla_656", 656)
     with pytest.raises(ValueError, match="kv_cache must be one of"):
         grid.Cell(1, 64, kv_cache="fp4")
 
@@ -101,7 +106,7 @@ def test_what_etap_is_given_is_what_the_reference_reads(kv_cache, dtype):
     assert given.bytes_read == 3 * 90 * cell.token_bytes
     assert not torch.equal(bits(given.caches[0]), bits(given.caches[1]))
     wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(torch.empty(16))
-    wrapper.plan(*peers.plan_arguments(given))
+    wrapper.plan(*peers.plan_arguments(given), **peers.plan_options(given))
     arguments, scales = peers.run_arguments(given, 1)
     out = wrapper.run(*arguments, **scales)
     exact = torch.cat([inputs.exact_output(given, request) for request in range(3)])
@@ -115,6 +120,16 @@ def test_wide_caches_hold_the_same_values():
     for codes, wide in zip(given.caches, given.wide_caches, strict=True):
         assert (codes.dtype, wide.dtype) == (quantization.FP8_DTYPE, torch.bfloat16)
         assert torch.equal(codes.to(torch.bfloat16), wide)
+        assert 0.9 < wide.float().std() < 1.1
+
+
+def test_wide_caches_hold_the_values_of_packed_tokens():
+    cell = grid.Cell(2, 64, kv_cache="flashmla_656")
+    pool = inputs.Pool(3 * inputs.set_bytes(cell, 1), 2, device="cpu")
+    given = pool.inputs(cell, 1, calls=3)
+    for packed, wide in zip(given.caches, given.wide_caches, strict=True):
+        assert packed.shape == (2, 64, 656)
+        assert torch.equal(quantization.dequantize_flashmla_656(packed), wide)
         assert 0.9 < wide.float().std() < 1.1
 
 
@@ -170,10 +185,11 @@ def test_verdicts_on_the_grid_and_on_rows():
 
 
 def test_other_types_and_pages_decide_nothing():
-    """fp16 queries or small pages at 16 x 64K are not the cell of the bars."""
+    """fp16 queries, small pages or another layout at 16 x 64K are not the cell of the bars."""
     others = [
         fp8_case(50.0, dtype="fp16"),
         fp8_case(50.0, page_size=16),
+        fp8_case(50.0, kv_dtype="flashmla_656"),
     ]
     lines = report.Verdicts(others, 4600.0).issue5()
     assert [line.split()[0] for line in lines] == ["OPEN"] * 6 + ["MET"]
@@ -205,10 +221,11 @@ def test_accuracy_is_reported_by_type_of_cache():
 
 def test_tables_keep_fp8_apart():
     cases = [make_case(), make_case(heads=8), fp8_case(), fp8_case(page_size=16)]
-    found = make_evidence(*cases)
+    found = make_evidence(*cases, fp8_case(batch=4, kv_dtype="flashmla_656"))
     assert evidence.schema_errors(found) == []
-    text = report.table(cases, 4600.0)
+    text = report.table(found["cases"], 4600.0)
     assert " bf16 / fp8 " in text
+    assert " bf16 / 656 " in text
     assert "FlashMLA fp8" in text
     plain, other, fp8 = (
         table({"decode": found})
@@ -219,6 +236,8 @@ def test_tables_keep_fp8_apart():
         )
     )
     assert "fp8" not in plain + other
+    assert "656" not in plain + other
+    assert "| bf16 / 656 |" in fp8
     assert fp8.count("| 16 x 64K |") == 2
     assert "| 160.0 | 400.0 |" in fp8
     without = readme_tables.render(readme_with("fp8"), {"decode": make_evidence(make_case())})

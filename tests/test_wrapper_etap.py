@@ -315,6 +315,8 @@ def test_auto_on_the_cpu_takes_the_reference(caplog: pytest.LogCaptureFixture) -
 )
 def test_choose_row_tile(rows: int, row_tile: int) -> None:
     assert dispatch.choose_row_tile(rows, 1) == dispatch.choose_row_tile(1, rows) == row_tile
+    assert dispatch.choose_row_tile(rows, 1, "fp8") == row_tile
+    assert dispatch.choose_row_tile(rows, 1, "flashmla_656") == min(row_tile, 32)
 
 
 def test_choose_kv_loader() -> None:

@@ -216,6 +216,22 @@ def test_kernel_gets_codes_as_bytes_and_two_scales(
     assert kernel.calls[1][1][-2:] == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("backend", ["etap", "auto"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_kernel_gets_packed_tokens_as_bytes(kernel: FakeKernel, heads: int, backend: str) -> None:
+    """Both parts are the whole pool, and no more than 32 rows make a tile."""
+    wrapper = make_etap(backend)
+    wrapper.plan(**plan_fp8("flashmla_656", num_heads=heads))
+    pool = empty(8, 80, 1, 656)[:, :64]
+    wrapper.run(**run_inputs(num_heads=heads) | {"ckv_cache": pool, "kpe_cache": None})
+    ((variant, arguments),) = kernel.calls
+    assert variant == Variant(BF16, min(heads, 32), "tma", "flashmla_656")
+    for given_pool in arguments[3:5]:
+        assert (given_pool.dtype, given_pool.shape) == (torch.uint8, (8, 64, 656))
+        assert given_pool.stride() == (80 * 656, 656, 1)
+    assert arguments[-2:] == (1.0, 1.0)
+
+
 @pytest.mark.parametrize(("page_size", "kv_loader"), [(64, "tma"), (1, "gather")])
 def test_loaders(kernel: FakeKernel, page_size: int, kv_loader: str) -> None:
     wrapper = make_etap()
@@ -307,20 +323,28 @@ def test_auto_on_hopper_turns_to_stock_for_its_options() -> None:
 
 
 @pytest.mark.usefixtures("fake_stock")
-@pytest.mark.parametrize(
-    ("backend", "is_hopper"), [("auto", True), ("etap", True), ("fa3", True), ("auto", False)]
-)
-def test_no_kernel_gets_packed_tokens(
+@pytest.mark.parametrize(("backend", "is_hopper"), [("fa3", True), ("fa3", False), ("auto", False)])
+def test_stock_gets_no_packed_tokens(
     backend: str, is_hopper: bool, request: pytest.FixtureRequest
 ) -> None:
     if is_hopper:
         request.getfixturevalue("kernel")
     wrapper = make_etap(backend)
     wrapper.plan(**plan_fp8())
-    message = f"backend '{backend}': no kernel reads .*'flashmla_656' yet; use backend='reference'"
+    reason = ", and ETAP does not serve: it runs on Hopper" if backend == "auto" else "; use"
+    message = f"backend '{backend}': stock FlashInfer does not read .*'flashmla_656'{reason}"
     with pytest.raises(ValueError, match=message):
         wrapper.plan(**plan_fp8("flashmla_656"))
     with pytest.raises(RuntimeError, match="after a plan"):
+        wrapper.run(**run_fp8())
+
+
+@pytest.mark.usefixtures("fake_stock", "kernel")
+def test_auto_on_hopper_leaves_no_packed_tokens_to_stock() -> None:
+    wrapper = make_etap("auto")
+    with pytest.raises(ValueError, match=r"ETAP does not serve: use_profiler is True"):
+        wrapper.plan(**plan_fp8("flashmla_656", use_profiler=True))
+    with pytest.raises(RuntimeError, match=r"before plan\(\)"):
         wrapper.run(**run_fp8())
 
 
@@ -396,7 +420,7 @@ RUN_ERRORS = [
 def test_run_errors(kernel: FakeKernel, cache_format: str, changes: dict, message: str) -> None:
     packed = {"ckv_cache": empty(8, 64, 656), "kpe_cache": None}
     is_packed = cache_format == "flashmla_656"
-    wrapper = make_etap("reference" if is_packed else "etap")
+    wrapper = make_etap()
     wrapper.plan(**plan_fp8(cache_format))
     with pytest.raises((ValueError, TypeError), match=message):
         wrapper.run(**run_fp8(**((packed | changes) if is_packed else changes)))
@@ -409,6 +433,24 @@ LAYOUT_ERRORS = [
     ({"ckv_cache": empty(8, 64, 1024)[..., ::2]}, "last dimension must be contiguous"),
     ({"ckv_cache": empty(0, 64, 512), "kpe_cache": empty(0, 64, 64)}, "ckv_cache has 0 pages"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        (empty(8, 64, 664)[..., :656], "ckv_cache has strides .* of 16 elements"),
+        (empty(8, 64, 1312)[..., ::2], "last dimension must be contiguous"),
+        (empty(0, 64, 656), "ckv_cache has 0 pages"),
+    ],
+)
+def test_layout_errors_of_packed_tokens(
+    kernel: FakeKernel, pool: torch.Tensor, message: str
+) -> None:
+    wrapper = make_etap()
+    wrapper.plan(**plan_fp8("flashmla_656"))
+    with pytest.raises(ValueError, match=message):
+        wrapper.run(**run_inputs() | {"ckv_cache": pool, "kpe_cache": None})
+    assert kernel.calls == []
 
 
 @pytest.mark.parametrize(("changes", "message"), LAYOUT_ERRORS)

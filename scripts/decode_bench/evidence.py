@@ -28,7 +28,7 @@ CASE_KEYS = (
     "peers",
 )
 TOP_KEYS = ("csrc_sha256", "device", "versions", "date", "read_ceiling_gbps", "cases")
-DTYPE_NAMES = ("bf16", "fp16", "fp8_e4m3")
+DTYPE_NAMES = ("bf16", "fp16", "fp8_e4m3", "flashmla_656")
 PEER_NAMES = (
     "flashinfer_fa2",
     "flashinfer_fa3",

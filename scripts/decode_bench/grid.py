@@ -14,7 +14,7 @@ HEAD_DIM_KPE = 64
 TOKEN_WIDTH = HEAD_DIM_CKV + HEAD_DIM_KPE
 TOKEN_BYTES = 2 * TOKEN_WIDTH  # bf16 and fp16 alike
 # Bytes a cached token, by the names of the compiled variants' caches.
-CACHE_TOKEN_BYTES = {"same": TOKEN_BYTES, "fp8": TOKEN_WIDTH}
+CACHE_TOKEN_BYTES = {"same": TOKEN_BYTES, "fp8": TOKEN_WIDTH, "flashmla_656": 656}
 LARGEST_CELL_BYTES = 40 * 10**9
 
 LENGTH_DISTRIBUTIONS = ("equal", "uniform", "zipf", "one_long")
@@ -45,6 +45,7 @@ class Cell:
         of at most 1,024.
     kv_cache : str
         "same": elements of ``dtype``. "fp8": e4m3, a plain cast with scales of 1.
+        "flashmla_656": FlashMLA's layout of e4m3, scales and bf16.
     """
 
     batch: int
@@ -89,8 +90,8 @@ class Cell:
 
     @property
     def kv_dtype(self) -> str:
-        """Of the cache, as the evidence names it: "bf16", "fp16" or "fp8_e4m3"."""
-        return self.dtype if self.kv_cache == "same" else "fp8_e4m3"
+        """Of the cache, as the evidence names it: "bf16", "fp16", "fp8_e4m3" or "flashmla_656"."""
+        return {"same": self.dtype, "fp8": "fp8_e4m3"}.get(self.kv_cache, self.kv_cache)
 
     @property
     def token_bytes(self) -> int:
@@ -176,6 +177,7 @@ def _issue5_grid() -> list[Cell]:
         + product((16,), (16 * K, 64 * K), heads=(64, 128), kv_caches=("fp8",))
         + product((16,), (16 * K,), page_sizes=(1, 16), kv_caches=("fp8",))
         + product((16,), (64 * K,), dtypes=("fp16",), kv_caches=("fp8",))
+        + product((16,), (1 * K, 16 * K, 64 * K), kv_caches=("flashmla_656",))
     )
 
 
@@ -206,8 +208,8 @@ def preset(name: str) -> list[Cell]:
 
 
 def measuring_order(cells: Sequence[Cell]) -> list[Cell]:
-    """Each cell once: bf16 before fp16 and then "same" before fp8, because a change refills the
-    pool; small before large within these.
+    """Each cell once: bf16 before fp16 and then "same" before the others, because a change refills
+    the pool; small before large within these.
 
     A run that is cut short then has lost its most expensive cells only.
     """

@@ -34,7 +34,8 @@ class Inputs:
     Attributes
     ----------
     caches : list of Tensor
-        For each call ``[pages, page_size, 576]`` of ``dtype`` or float8_e4m3fn.
+        For each call ``[pages, page_size, 576]`` of ``dtype`` or float8_e4m3fn, or
+        ``[pages, page_size, 656]`` of FlashMLA's layout.
     wide_caches : list of Tensor
         Caches of ``dtype`` with the same values, for peers that read no fp8.
     queries : Tensor
@@ -84,6 +85,9 @@ class Inputs:
         if self.cell.kv_cache == "fp8":
             codes = cache.view(torch.uint8)[pages].flatten(0, 1)[:length]
             return quantization.dequantize_fp8_e4m3(codes, dtype=torch.float64)
+        if self.cell.kv_cache == "flashmla_656":
+            packed = cache.view(torch.uint8)[pages].flatten(0, 1)[:length]
+            return quantization.dequantize_flashmla_656(packed, dtype=torch.float64)
         return cache[pages].flatten(0, 1)[:length].double()
 
 
@@ -146,8 +150,13 @@ class Pool:
         ]
         caches = [cache.view(quantization.FP8_DTYPE) for cache in caches]
         for cache, values in zip(caches, wide, strict=True):
-            cache.copy_(values)  # a plain cast: normal values stay far below 448
-            values.copy_(cache)
+            if cell.kv_cache == "flashmla_656":
+                packed = quantization.quantize_flashmla_656(values).cache
+                cache.view(torch.uint8).copy_(packed)
+                values.copy_(quantization.dequantize_flashmla_656(packed, values.dtype))
+            else:
+                cache.copy_(values)  # a plain cast: normal values stay far below 448
+                values.copy_(cache)
         return caches
 
     def inputs(self, cell: Cell, seed: int, calls: int | None = None) -> Inputs:

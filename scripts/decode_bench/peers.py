@@ -55,9 +55,17 @@ def plan_arguments(inputs: Inputs) -> tuple:
     )
 
 
+def plan_options(inputs: Inputs) -> dict[str, str]:
+    """Arguments of ``plan`` by name: of ours alone, where FlashInfer reads no such cache."""
+    kv_cache = inputs.cell.kv_cache
+    return {"kv_cache_format": kv_cache} if kv_cache == "flashmla_656" else {}
+
+
 def run_arguments(inputs: Inputs, call: int) -> tuple[tuple, dict[str, float]]:
     """Arguments of the wrappers' ``run`` for one call, by position and by name."""
     queries, cache = split_token(inputs.queries[call]), inputs.caches[call]
+    if inputs.cell.kv_cache == "flashmla_656":
+        return (*queries, cache, None), {}
     scales = {} if inputs.cell.kv_cache == "same" else {"ckv_scale": 1.0, "kpe_scale": 1.0}
     return (*queries, *split_token(cache)), scales
 
@@ -79,7 +87,7 @@ class WrapperPeer:
         return None
 
     def plan(self, inputs: Inputs) -> None:
-        self.wrapper.plan(*plan_arguments(inputs))
+        self.wrapper.plan(*plan_arguments(inputs), **plan_options(inputs))
 
     def prepare(self, inputs: Inputs) -> RunCall:
         self.plan(inputs)
@@ -93,11 +101,12 @@ class WrapperPeer:
 class FlashMla:
     """FlashMLA's dense decode as SGLang calls it: ``sgl_kernel.flash_mla``.
 
-    Beside an fp8 cache it reads one of ``dtype`` with the same values.
+    Beside an fp8 cache it reads one of ``dtype`` with the same values (for FlashMLA's own layout
+    rounded to it: that of sgl_kernel reads it with sparse attention only).
     """
 
     name = "flashmla"
-    kv_caches: tuple[str, ...] = ("same", "fp8")
+    kv_caches: tuple[str, ...] = ("same", "fp8", "flashmla_656")
     _is_fp8 = False
 
     def __init__(self) -> None:

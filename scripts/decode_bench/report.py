@@ -12,6 +12,7 @@ from .grid import preset
 Case = dict[str, Any]
 BF16_PEERS = ("flashinfer_fa2", "flashinfer_fa3", "flashmla", "fa3")
 FP8_PEERS = ("flashmla_fp8", "flashinfer_fp8")
+FP8_NAMES = {"fp8_e4m3": "fp8", "flashmla_656": "656"}  # of caches, by the evidence's names
 PEER_TITLES = {
     "flashinfer_fa2": "FlashInfer fa2",
     "flashinfer_fa3": "FlashInfer fa3",
@@ -46,13 +47,14 @@ def figure(value: float | None, digits: int = 1) -> str:
 
 
 def is_fp8(case: Case) -> bool:
-    """Whether the cache is of fp8."""
-    return case["kv_dtype"] == "fp8_e4m3"
+    """Whether the cache is of fp8, in either layout."""
+    return case["kv_dtype"] in FP8_NAMES
 
 
 def types(case: Case) -> str:
     """Type of queries and output, and of the cache where it is another: bf16, bf16 / fp8."""
-    return f"{case['dtype']} / fp8" if is_fp8(case) else case["dtype"]
+    dtype, kv_dtype = case["dtype"], case["kv_dtype"]
+    return f"{dtype} / {FP8_NAMES[kv_dtype]}" if is_fp8(case) else dtype
 
 
 def is_plain(case: Case) -> bool:
@@ -126,6 +128,7 @@ class Verdicts:
             case
             for case in self.fp8
             if (case["q_len"], case["page_size"], case["dtype"]) == (1, 64, "bf16")
+            and case["kv_dtype"] == "fp8_e4m3"
             and "lengths" not in case
         ]
         self.plain = [case for case in self.cases if is_plain(case)]

@@ -6,6 +6,7 @@ import dataclasses
 import random
 
 DTYPES = ("bf16", "fp16")
+FLASHMLA_SHARE = 0.2  # of the cases with FlashMLA's fp8 cache
 HEADS = (1, 2, 3, 6, 8, 9, 12, 16, 16, 16, 24, 32, 33, 64, 96, 127, 128)
 PAGE_SIZES = (1, 1, 2, 3, 5, 8, 16, 24, 32, 48, 64, 64, 64, 96, 100, 128, 256)
 BATCHES = (1, 1, 2, 2, 3, 4, 5, 7, 9, 16, 17, 33)
@@ -74,7 +75,7 @@ class Case:
     seed: int
     number: int
     dtype: str
-    kv_dtype: str  # bf16 or fp16 as dtype; an fp8 cache would be drawn here
+    kv_dtype: str  # that of the queries, or "flashmla_656"
     heads: int
     page_size: int
     causal: bool
@@ -163,7 +164,7 @@ def draw_case(seed: int, number: int, limits: Limits) -> Case:
         scores += q_lens[index] * heads * length
     if sum(q_lens) == 0:
         q_lens[0] = 1
-    return Case(
+    case = Case(
         seed=seed,
         number=number,
         dtype=dtype,
@@ -188,3 +189,7 @@ def draw_case(seed: int, number: int, limits: Limits) -> Case:
         lse_base_e=chosen.random() < 0.3,
         validate=chosen.random() < 0.05,
     )
+    # Drawn last, so that the rest of a case is what it was before there was this one.
+    if chosen.random() < FLASHMLA_SHARE:
+        case = dataclasses.replace(case, kv_dtype="flashmla_656")
+    return case

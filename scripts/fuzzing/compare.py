@@ -19,6 +19,8 @@ Where the error comes from, to first order, for one row:
 2.  p. Weights 2^(S - max) are stored as a high and a low part of the type of the cache, hence
     rounded by u^2 of themselves; those of requests longer than two_part_tokens() as the high part
     alone, rounded by u. In fp16 either may lose half the smallest subnormal number.
+    For a cache in FlashMLA's layout, weights times scales are stored in fp16, for results of fp16
+    in two parts, whatever the length: csrc/etap_mla_flashmla_scores.cuh says what is lost.
 3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
 4.  O, rounded once to the output's type: the only error of an exact computation.
 
@@ -56,6 +58,14 @@ EXP_ROUNDOFF = 2.0**-21
 SUM_ROUNDOFF = 2.0**-24
 FIXED_SUM_STEPS = 64  # over warps, parts of a split row tile and the normalisation
 LSE_ROUNDOFF = 2.0**-22
+
+# Of weights times scales with FlashMLA's layout, by the type of the output, and what may be lost of
+# a token, over the largest value of its columns and the row's largest weight: half the smallest
+# subnormal number over the least that the largest weight is stored as, 2^8, and the scales'
+# reference may be twice the largest scale.
+FLASHMLA_ROUNDOFF = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-22}
+FLASHMLA_SMALLEST = 2.0**-32
+SCALE_COLUMNS = 128
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
@@ -126,6 +136,7 @@ def exact(
     causal: bool,
     sm_scale: float,
     two_parts_up_to: int,
+    is_flashmla: bool = False,
 ) -> Exact:
     """Attend in float64 from dense ``queries`` to dense rows of ``pool``, and bound the error."""
     heads, device = queries.shape[1], queries.device
@@ -165,6 +176,10 @@ def exact(
     unit = UNIT_ROUNDOFF[dtype]
     arithmetic_bound = change @ v.abs()
     storing_bound = torch.where(has_two_parts, unit**2, unit) * (p @ v.abs())
+    if is_flashmla:
+        largest = v.abs().amax(1).unflatten(-1, (-1, SCALE_COLUMNS)).amax(-1)
+        lost = FLASHMLA_SMALLEST * largest.repeat_interleave(SCALE_COLUMNS, -1)[:, None]
+        storing_bound = FLASHMLA_ROUNDOFF[dtype] * (p @ v.abs()) + visible.clamp(min=0) * lost
     log_total = torch.where(total > 0, divisor.log() + top, -math.inf).squeeze(-1)
     lse_bound = uncertainty / (1 - uncertainty).clamp(min=0.05) + steps * SUM_ROUNDOFF
     return Exact(
@@ -188,6 +203,7 @@ def compare(
     lse: torch.Tensor,
     lse_base_e: bool = False,
     two_parts_up_to: int = 0,
+    is_flashmla: bool = False,
 ) -> Worst:
     """Compare a result with float64; waits for nothing on a GPU.
 
@@ -205,13 +221,16 @@ def compare(
         The result.
     two_parts_up_to : int
         Length of requests up to which weights are in two parts; see :func:`two_part_tokens`.
+    is_flashmla : bool
+        Whether the cache is in FlashMLA's layout, whose weights add next to nothing to the rounding
+        of the output at any length.
     """
     zero = torch.zeros((), dtype=torch.float64, device=queries.device)
     worst = Worst(zero, zero, zero, zero, zero)
     shares, rows, squares, roundings = zero, zero, zero, zero
     smallest = SMALLEST[out.dtype] / 2
     for group in groups:
-        answer = exact(queries, pool, group, causal, sm_scale, two_parts_up_to)
+        answer = exact(queries, pool, group, causal, sm_scale, two_parts_up_to, is_flashmla)
         heads = queries.shape[1]
         is_row = group.is_row.repeat_interleave(heads, 1)
         given = out[group.rows].double().flatten(1, 2)
@@ -225,7 +244,7 @@ def compare(
         worst.lse = torch.maximum(worst.lse, _lse_ratio(given_lse, answer, is_row, lse_base_e))
         worst.uncertainty = torch.maximum(worst.uncertainty, _largest(answer.uncertainty, is_row))
 
-        has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None]
+        has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None] | is_flashmla
         enough = torch.where(has_two_parts, MIN_PARTICIPATION, MIN_PARTICIPATION_ONE_PART)
         judged = is_row & (answer.participation >= enough) & (answer.lse > -math.inf)
         square = error.square().mean(-1)

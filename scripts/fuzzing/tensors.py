@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 
+from etap_flashinfer import quantization
+
 from .cases import Case, Layout
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "flashmla_656": quantization.FP8_DTYPE,
+}
 HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
 HEAD_DIM = HEAD_DIM_CKV + HEAD_DIM_KPE
 # Listed as pages where no length reaches.
@@ -36,10 +42,11 @@ class Tensors:
 
     case: Case
     queries: torch.Tensor  # [total queries, heads, 576], dense
-    pool: torch.Tensor  # [slots, 576], dense
+    pool: torch.Tensor  # [slots, 576], dense: the values of the cache
     groups: list[Group]
     index: tuple[torch.Tensor, ...]  # qo_indptr, kv_indptr, kv_indices, kv_len_arr
-    inputs: tuple[torch.Tensor, ...]  # q_nope, q_pe, ckv, kpe: views in the case's layouts
+    # q_nope, q_pe and the cache, views in the case's layouts: ckv and kpe, or one of whole tokens
+    inputs: tuple[torch.Tensor, ...]
     out: torch.Tensor
     lse: torch.Tensor
 
@@ -199,8 +206,9 @@ def shape_logits(
 
 def _values(
     case: Case, total_queries: int, slots: int, groups: list[Group], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and pool, dense, in the case's types; the pool is poison where no request looks."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, the pool's values and the pool as it is stored, dense, in the case's types; poison
+    where no request looks."""
     generator = torch.Generator(device).manual_seed(case.seed * 1_000_003 + case.number)
     queries = torch.randn(total_queries, case.heads, HEAD_DIM, generator=generator, device=device)
     pool = torch.randn(slots, HEAD_DIM, generator=generator, device=device)
@@ -210,18 +218,29 @@ def _values(
     if case.ckv_exponent:
         pool[:, :HEAD_DIM_CKV] *= 2.0**case.ckv_exponent
         queries[..., :HEAD_DIM_CKV] *= 2.0**-case.ckv_exponent
-    pool, queries = pool.to(TORCH_DTYPES[case.kv_dtype]), queries.to(TORCH_DTYPES[case.dtype])
+    queries = queries.to(TORCH_DTYPES[case.dtype])
     is_seen = torch.zeros(slots + 1, dtype=torch.bool, device=device)  # the last is for padding
     for group in groups:
         seen = torch.where(_is_token(group), group.slots, slots)
         is_seen.scatter_(0, seen.flatten(), True)
+    is_seen = is_seen[:slots, None]
+    if case.kv_dtype == "flashmla_656":
+        packed = quantization.quantize_flashmla_656(pool).cache.masked_fill_(~is_seen, 0xFF)
+        return queries, quantization.dequantize_flashmla_656(packed, torch.float64), packed
+    pool = pool.to(TORCH_DTYPES[case.kv_dtype])
     poison = torch.tensor([math.nan, math.inf, -math.inf]).repeat(HEAD_DIM // 3)
-    poison = upload(poison.to(pool.dtype), device)
-    return queries, torch.where(is_seen[:slots, None], pool, poison)
+    pool = torch.where(is_seen, pool, upload(poison.to(pool.dtype), device))
+    return queries, pool, pool
 
 
-def place(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy dense ``[first, second, 576]`` values into a layout; returns the views of both parts."""
+def place(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
+    """Copy dense ``[first, second, 576]`` values into a layout; returns the views of both parts.
+
+    Bytes ``[first, second, 656]`` are one part, with two bytes for each element of the layout.
+    """
+    if values.dtype == torch.uint8:
+        wide = dataclasses.replace(layout, lead=2 * layout.lead, tail=2 * layout.tail)
+        return (_store(values, wide, 0xFF),)
     parts = (values[..., :HEAD_DIM_CKV], values[..., HEAD_DIM_CKV:])
     if not layout.fused:
         nope, pe = (_store(part, layout) for part in parts)
@@ -233,12 +252,12 @@ def place(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Ten
     return stored[..., :HEAD_DIM_CKV], stored[..., HEAD_DIM_CKV:]
 
 
-def _store(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _store(values: torch.Tensor, layout: Layout, poison: float = math.nan) -> torch.Tensor:
     if layout.transposed:
         values = values.transpose(0, 1)
     outer, inner, width = values.shape
     shape = (outer, inner + layout.spare_rows, layout.lead + width + layout.tail)
-    stored = values.new_full(shape, math.nan)[:, :inner, layout.lead : layout.lead + width]
+    stored = values.new_full(shape, poison)[:, :inner, layout.lead : layout.lead + width]
     stored.copy_(values)
     return stored.transpose(0, 1) if layout.transposed else stored
 
@@ -258,7 +277,8 @@ def build(case: Case, device: torch.device, one_by_one: bool = False) -> Tensors
         one_by_one,
     )
     total = sum(case.q_lens)
-    queries, pool = _values(case, total, table.num_pages * case.page_size, groups, device)
+    slots = table.num_pages * case.page_size
+    queries, pool, stored = _values(case, total, slots, groups, device)
     offsets = torch.tensor([0, *case.q_lens]).cumsum(0).int()
     tail = torch.tensor(GARBAGE[: case.number % 3])
     host_index = (
@@ -280,7 +300,7 @@ def build(case: Case, device: torch.device, one_by_one: bool = False) -> Tensors
         index=index,
         inputs=(
             *place(queries, case.query_layout),
-            *place(pool.view(table.num_pages, case.page_size, HEAD_DIM), case.cache_layout),
+            *place(stored.view(table.num_pages, case.page_size, -1), case.cache_layout),
         ),
         out=torch.full((*rows, width), math.nan, dtype=dtype, device=device)[..., :HEAD_DIM_CKV],
         lse=torch.full(rows, math.nan, dtype=torch.float32, device=device),
@@ -311,12 +331,14 @@ def call(wrapper: Any, tensors: Tensors) -> None:
         TORCH_DTYPES[case.dtype],
         TORCH_DTYPES[case.kv_dtype],
         validate=case.validate,
+        **({"kv_cache_format": case.kv_dtype} if case.kv_dtype == "flashmla_656" else {}),
     )
     results = {"out": tensors.out, "lse": tensors.lse, "return_lse": True}
     results["return_lse_base_on_e"] = case.lse_base_e
     if case.packed:
-        query, cache = _packed(*tensors.inputs[:2]), _packed(*tensors.inputs[2:])
-        wrapper.run(query=query, kv_cache=cache, **results)
+        caches = tensors.inputs[2:]
+        cache = _packed(*caches) if len(caches) == 2 else caches[0]
+        wrapper.run(query=_packed(*tensors.inputs[:2]), kv_cache=cache, **results)
     else:
         wrapper.run(*tensors.inputs, **results)
 

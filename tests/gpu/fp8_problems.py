@@ -11,7 +11,6 @@ from gpu_helpers import Problem, check, make_problem
 
 from etap_flashinfer import dispatch, quantization
 
-# Those that the kernel reads; tests of others begin when it does.
 FORMATS = tuple(name for name in dispatch.KV_CACHE_OF_FORMAT if name is not None)
 RMSE_BOUND = 1.5
 WIDTHS = {"fp8_e4m3": 576, "flashmla_656": 656}

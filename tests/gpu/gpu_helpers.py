@@ -16,7 +16,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float8_e4m3fn: "fp8_e4m3",
-    torch.uint8: "fp8_e4m3",  # FlashMLA's layout
+    torch.uint8: "flashmla_656",
 }
 RMSE_BOUND = 1.15
 LSE_BOUND = 1e-5

@@ -172,12 +172,24 @@ def test_ways_to_give_codes(page_size, cache_layout, seed):
         assert torch.equal(*map(bits, again))
 
 
-def test_packed_tokens_are_left_to_the_reference(seed):
-    problem = make_fp8_problem(seed, [1, 2, 1], [65, 9, 1200], 24, cache_format="flashmla_656")
-    for backend in ("auto", "etap"):
-        wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace(), backend=backend)
-        with pytest.raises(ValueError, match="use backend='reference'"):
-            run_once(problem, wrapper)
+@each_loader
+def test_ways_to_give_packed_tokens(page_size, seed):
+    """As either type, with FlashMLA's dimension of one head, with bytes between tokens and pages,
+    and as the reference backend reads them."""
+    problem = make_fp8_problem(
+        seed, [1, 2, 1], [65, 9, 1200], 24, page_size, cache_format="flashmla_656"
+    )
+    out, lse = run_once(problem)
+    check_fp8(problem, out, lse)
+    pages = problem.pool.shape[0]
+    wide = torch.full((pages, page_size + 3, 672), 0xFF, dtype=torch.uint8, device="cuda")
+    wide[:, :page_size, :656] = problem.pool
+    strided = wide[:, :page_size, :656]
+    for cache in (problem.pool.view(torch.float8_e4m3fn), problem.pool.unsqueeze(2), strided):
+        problem.ckv = cache
+        for again in zip(run_once(problem), (out, lse), strict=True):
+            assert torch.equal(*map(bits, again))
+    problem.ckv = problem.pool
     wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace(), backend="reference")
     check_fp8(problem, *run_once(problem, wrapper))
 

@@ -103,8 +103,10 @@ def put_nan(problem: Fp8Problem, page: int, slot: int, place: str, code: int) ->
 @pytest.mark.parametrize("code", [0x7F, 0xFF], ids=hex)
 @pytest.mark.parametrize(
     ("cache_format", "place"),
-    [(name, place) for name in FORMATS for place in ("first", "last", "kpe")]
-    + [("flashmla_656", "scale")] * ("flashmla_656" in FORMATS),
+    [
+        *((name, place) for name in FORMATS for place in ("first", "last", "kpe")),
+        ("flashmla_656", "scale"),
+    ],
 )
 @pytest.mark.parametrize(("heads", "page_size"), [(8, 64), (16, 1), (16, 64), (128, 64)])
 def test_nan_stays_in_its_request(heads, page_size, cache_format, place, code, seed):
@@ -124,18 +126,71 @@ def test_nan_stays_in_its_request(heads, page_size, cache_format, place, code, s
     assert torch.equal(bits(lse[others]), bits(clean_lse[others]))
 
 
+@pytest.mark.parametrize("poison", [0xFF, 0x7F], ids=("nan", "nan, scales of 3e38"))
 @each_format
 @each_loader
-def test_nan_behind_the_length_is_not_seen(page_size, cache_format, seed):
+def test_nan_behind_the_length_is_not_seen(page_size, cache_format, poison, seed):
     """The pool is NaN wherever no token lies; shortening a request adds its own old tokens."""
     problem = make_fp8_problem(
         seed, [1, 2, 1], [700, 129, 64], 16, page_size, cache_format=cache_format
     )
     page, slot = token_slot(problem, 0, 650)
-    problem.pool[page, slot] = 0xFF
+    problem.pool[page, slot] = poison
     problem.kv_len_arr[0] = problem.kv_lens[0] = 650
     problem.tokens[0] = problem.tokens[0][:650]
     check_fp8(problem, *run_once(problem))
+
+
+# Scales of tokens
+
+
+def token_scale_factors(kind: str, lengths: list[int], seed: int) -> torch.Tensor:
+    """What the four scales of each token are multiplied with, ``[tokens, 4]``."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    shape = (sum(lengths), 4)
+    drawn = torch.rand(shape, generator=generator, device="cuda")
+    if kind in ("tiny", "large"):
+        return torch.full_like(drawn, 2.0**-27 if kind == "tiny" else 2.0**14)
+    if kind == "zero":
+        return (drawn > 0.5).float()
+    if kind == "negative":
+        return (drawn - 0.5).sign()
+    if kind == "decades":
+        return 10 ** (3 * drawn - 3)
+    assert kind == "growing", kind
+    position = torch.cat([torch.linspace(-16, 0, length, device="cuda") for length in lengths])
+    return torch.exp2(position[:, None] - drawn)
+
+
+@each_loader
+@pytest.mark.parametrize("heads", [8, 16, 64])
+@pytest.mark.parametrize("kind", ["decades", "growing", "zero", "negative", "tiny", "large"])
+def test_token_scales(kind, heads, page_size, seed, record):
+    problem = make_problem(seed, [1, 2, 1, 1], [65, 9, 1000, 4000], heads, page_size)
+    packed = quantization.quantize_flashmla_656(torch.cat(problem.tokens)).cache
+    scales = packed[:, 512:528].contiguous().view(torch.float32)
+    factors = token_scale_factors(kind, problem.kv_lens, seed)
+    packed[:, 512:528] = (scales * factors).view(torch.uint8)
+    if kind in ("tiny", "large"):  # the logits stay what they are: powers of two are exact
+        problem.q_nope /= factors[0, 0]
+    problem = with_packed_tokens(problem, packed)
+    check_fp8(problem, *run_once(problem), record, rmse_bound=1.15)
+
+
+@each_loader
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_scale_stays_in_its_request(value, page_size, seed):
+    problem = make_fp8_problem(
+        seed, [1, 2, 1], [65, 3000, 129], 16, page_size, cache_format="flashmla_656"
+    )
+    clean_out, clean_lse = run_once(problem)
+    check_fp8(problem, clean_out, clean_lse)
+    token = problem.pool[token_slot(problem, 1, 1234)]
+    token[516:520] = torch.tensor([value], device="cuda").view(torch.uint8)
+    out, lse = run_once(problem)
+    assert out[1:3, :, 128:256].isnan().all()
+    assert torch.equal(bits(out[[0, 3]]), bits(clean_out[[0, 3]]))
+    assert torch.equal(bits(lse[[0, 3]]), bits(clean_lse[[0, 3]]))
 
 
 # Accuracy beside FlashInfer's fp8 path
