@@ -101,9 +101,10 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 
 // A pool [num_pages, page_size, columns] read in boxes [rows_per_copy x box_columns], swizzled as
 // wide as their rows, which have 128 or 64 bytes; not swizzled if they have 16. Columns before
-// `first_column` are left out.
+// `first_column` are left out. With `boxes_per_copy` the boxes side by side are a dimension of
+// their own, and a copy brings so many of them, one behind the other.
 CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy, int32_t box_columns,
-                          int32_t first_column = 0) {
+                          int32_t first_column = 0, int32_t boxes_per_copy = 0) {
   auto const type = sizeof(CacheElement) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                     : std::is_same_v<CacheElement, cutlass::bfloat16_t>
                         ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -113,20 +114,29 @@ CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy, int32_t
                        : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                          : CU_TENSOR_MAP_SWIZZLE_128B;
   auto* const first = static_cast<CacheElement*>(pool.data_ptr()) + first_column;
-  cuuint64_t const sizes[3] = {cuuint64_t(pool.size(2) - first_column), cuuint64_t(pool.size(1)),
-                               cuuint64_t(pool.size(0))};
   // The stride of a dimension of size 1 means nothing and may be anything; give a valid one.
   int64_t const row_stride = pool.size(1) > 1 ? pool.stride(1) : pool.size(2);
   int64_t const page_stride = pool.size(0) > 1 ? pool.stride(0) : pool.size(1) * row_stride;
-  cuuint64_t const strides[2] = {row_stride * sizeof(CacheElement),
-                                 page_stride * sizeof(CacheElement)};
-  cuuint32_t const box[3] = {cuuint32_t(box_columns), cuuint32_t(rows_per_copy), 1};
-  cuuint32_t const element_strides[3] = {1, 1, 1};
+  cuuint64_t const row_stride_bytes = row_stride * sizeof(CacheElement);
+  cuuint64_t const page_stride_bytes = page_stride * sizeof(CacheElement);
+  cuuint64_t const columns = pool.size(2) - first_column, rows = pool.size(1);
+  cuuint64_t const pages = pool.size(0);
+  bool const has_boxes = boxes_per_copy > 0;
+  cuuint32_t const rank = has_boxes ? 4 : 3;
+  cuuint64_t sizes[4] = {columns, rows, pages};
+  cuuint64_t strides[3] = {row_stride_bytes, page_stride_bytes};
+  cuuint32_t box[4] = {cuuint32_t(box_columns), cuuint32_t(rows_per_copy), 1};
+  if (has_boxes) {
+    sizes[0] = box_columns, sizes[2] = columns / box_columns, sizes[3] = pages;
+    strides[1] = row_bytes, strides[2] = page_stride_bytes;
+    box[2] = boxes_per_copy, box[3] = 1;
+  }
+  cuuint32_t const element_strides[4] = {1, 1, 1, 1};
   // Promotion to 256 bytes reads parts of tokens twice: 7 % slower at 16 x 64K (scripts/TUNING.md).
   auto const promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   CUtensorMap map;
   CUresult const status = tensor_map_encoder()(
-      &map, type, 3, first, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map, type, rank, first, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
       swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TVM_FFI_CHECK(status == CUDA_SUCCESS, ValueError)
       << "no tensor map for a cache of shape [" << pool.size(0) << ", " << pool.size(1) << ", "
@@ -234,10 +244,13 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
 
   CUtensorMap ckv_map = {}, kpe_map = {};
   if constexpr (kKvLoader == KvLoader::kTma) {
-    ckv_map = make_pool_map(ckv, rows_per_copy, Traits::Boxes::kColumns);
+    int32_t const boxes_per_copy = Traits::kBoxesPerPair == 0    ? 0
+                                   : rows_per_copy == kTokenTile ? Traits::kBoxesPerPair
+                                                                 : 1;
+    ckv_map = make_pool_map(ckv, rows_per_copy, Traits::Boxes::kColumns, 0, boxes_per_copy);
     kpe_map = kIsFlashMla
                   ? make_pool_map(kpe, rows_per_copy, kFlashMlaScaleBytes, kFlashMlaScaleOffset)
-                  : make_pool_map(kpe, rows_per_copy, kHeadDimKpe);
+                  : make_pool_map(kpe, rows_per_copy, kHeadDimKpe, 0, std::min(boxes_per_copy, 1));
   }
   auto const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
   launch_dependent(etap_mla_kernel<Traits>, num_ctas, kThreads,

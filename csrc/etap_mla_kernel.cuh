@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_queries<Traits>(params, shared, work);
     } else if constexpr (Traits::kKvLoader == KvLoader::kGather) {
       load_cache_by_gather<Traits>(params, shared, work);
-    } else if (warp == 0) {
+    } else if (warp < Traits::kLoaderWarps) {
       load_cache_by_tma<Traits>(params, ckv_map, kpe_map, shared, work);
     }
   } else {

@@ -107,36 +107,49 @@ struct TileByTma {
     }
   }
 
-  // Each box as soon as there is room for it; lane g copies group g. For a ring of two tiles, which
-  // would run dry otherwise.
-  __device__ void copy_box_by_box(SharedStorage& shared,
-                                  RingPosition<Traits::kRingBoxes> const& ring,
-                                  TokenPlace const& place, int32_t copies) const {
+  // The boxes of a stage as soon as there is room for them: kpe, then pairs of ckv's. A warp takes
+  // 200 cycles to announce a copy and to issue it, whatever its size, and it does so while the math
+  // waits: hence pairs. Pages of fewer than 64 tokens take two copies a pair. Not unrolled: a short
+  // request would wait for the instructions.
+  __device__ void copy_as_freed(SharedStorage& shared, int32_t stage, uint32_t parity,
+                                TokenPlace const& place, int32_t copies) const {
     int32_t const group = threadIdx.x % 32;
+    int32_t const boxes_per_copy = rows_per_copy == kTokenTile ? Traits::kBoxesPerPair : 1;
 #pragma unroll 1
-    for (int32_t i = 0; i < Boxes::kPerTile; ++i) {
-      int32_t const box = Traits::box_in_order(ring.index / Boxes::kPerTile, i);
-      auto const slot = ring.after(box);
-      Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
-      if (group == 0) announce(&shared.box_full[slot.index], box, copies);
+    for (int32_t i = 0; i < Boxes::kPerTile; i += i == 0 ? 1 : Traits::kBoxesPerPair) {
+      int32_t const box = Traits::box_in_order(stage, i);
+      int32_t const boxes = i == 0 ? 1 : Traits::kBoxesPerPair;
+      int32_t const slot = stage * Boxes::kPerTile + box;
+      Barrier::wait(&shared.box_empty[slot], parity ^ 1);
+      if (group == 0) announce(&shared.box_full[slot], box, copies * boxes);
       __syncwarp();
-      if (group < copies) copy_group(shared, slot.index, box, group, place);
+      if (group >= copies) continue;
+#pragma unroll 1
+      for (int32_t j = 0; j < boxes; j += boxes_per_copy) {
+        SM90_TMA_LOAD_4D::copy(
+            i == 0 ? kpe_map : ckv_map, &shared.box_full[slot],
+            static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
+            &shared.ring[(slot + j) * Boxes::kElements + group * rows_per_copy * columns(box)], 0,
+            place.row, i == 0 ? 0 : box - 1 + j, place.page);
+      }
     }
   }
 };
 
-// One warp.
+// One warp for all tiles or, where the ring is two stages of a tile each, a warp for each stage.
 template <class Traits>
 __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_map,
                                   CUtensorMap const& kpe_map,
                                   typename Traits::SharedStorage& shared, CtaWork const& work) {
   int32_t const lane = threadIdx.x % 32;
+  int32_t const warp = threadIdx.x / 32 % 4;
   int32_t const rows_per_copy = params.rows_per_copy;
   int32_t const groups = kTokenTile / rows_per_copy;
   TileByTma<Traits> const tile_copies = {&ckv_map, &kpe_map, rows_per_copy};
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
+  uint32_t tile_number = 0;  // over all segments
   Segment const& segment = walk.segment;
   while (walk.next()) {
     auto place_in = [&](int32_t tile) -> TokenPlace {
@@ -144,19 +157,23 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
       int32_t const token = tile * kTokenTile + lane * rows_per_copy;
       return has_group ? find_token(params, segment.request, token) : TokenPlace{-1, 0};
     };
-    TokenPlace next_place = place_in(segment.tile_begin);
-    for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
+    constexpr int32_t kStep = Traits::kLoaderWarps;
+    int32_t const first_tile = segment.tile_begin + (kStep == 2 ? (tile_number ^ warp) & 1 : 0);
+    tile_number += segment.num_tiles();
+    TokenPlace next_place = place_in(first_tile);
+    for (int32_t tile = first_tile; tile < segment.tile_end; tile += kStep) {
       TokenPlace const place = next_place;
-      next_place = place_in(tile + 1);
+      next_place = place_in(tile + kStep);
       // Groups past the end of the request are not copied: their pages may not exist.
       int32_t const tokens = min(segment.request.kv_len - tile * kTokenTile, kTokenTile);
       int32_t const copies = tokens <= 0 ? 0 : (tokens - 1) / rows_per_copy + 1;
-      if constexpr (Traits::kLoadsBoxByBox) {
-        tile_copies.copy_box_by_box(shared, ring, place, copies);
+      if constexpr (kStep == 2) {
+        tile_copies.copy_as_freed(shared, /*stage=*/warp, ring.parity, place, copies);
+        ring.parity ^= 1;
       } else {
         tile_copies.copy_at_once(shared, ring, place, copies);
+        ring = ring.after(Traits::Boxes::kPerTile);
       }
-      ring = ring.after(Traits::Boxes::kPerTile);
     }
   }
 }
@@ -204,7 +221,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
       int64_t const ckv_offset = page * params.ckv_stride_page + row * params.ckv_stride_token;
       int64_t const kpe_offset = page * params.kpe_stride_page + row * params.kpe_stride_token;
 
-      if (lane < Boxes::kPerTile) {
+      if (lane < Boxes::kPerTile && Traits::has_barrier(lane)) {
         auto const slot = ring.after(lane);
         Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
       }
@@ -238,6 +255,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
       }
 #pragma unroll
       for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
+        if (!Traits::has_barrier(box)) continue;
         cutlass::arch::cpasync_barrier_arrive_noinc(&shared.box_full[ring.after(box).index]);
       }
       ring = ring.after(Boxes::kPerTile);

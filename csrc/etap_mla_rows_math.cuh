@@ -7,7 +7,7 @@
  *
  *   issue   S = Q K^T of tile t, box by box as they arrive
  *   issue   O[g] += P V[g] of tile t - 1, whose P the other warpgroup left in shared memory
- *   r = reference near the running maxima; P = 2^(S - r)          while tile t - 1 is multiplied
+ *   r = running maxima; P = 2^(S - r)          while tile t - 1 is multiplied
  *   boxes of tile t - 1 -> producer
  *   P -> shared memory, for the other warpgroup
  *   O[g] += P V[g] of tile t;  boxes of tile t -> producer
@@ -29,11 +29,6 @@ namespace etap {
 // And the next: P, or the reference, of warpgroup 0's, 1's tile is there.
 constexpr uint32_t kProbabilityBarrier = 3;
 constexpr uint32_t kReferenceBarrier = 5;
-
-// The softmax subtracts a reference r from the scores (base 2), which is a maximum, but not of all
-// tokens so far: it is raised only when a score is 2^8 times above. P is then at most 2^8, and O is
-// hardly ever rescaled. Sums, partial results and LSE are relative to r.
-constexpr float kReferenceTolerance = 8.f;
 
 template <class Traits>
 class RowsMathWarpgroup {
@@ -102,7 +97,7 @@ class RowsMathWarpgroup {
     bool const is_last_of_other = tile_ == tile_end_;
     if (is_last_of_other) {
       begin_other_tile<kSplits>();
-      finish_other_tile<kSplits>();
+      finish_other_tile<kSplits, /*kGroupsBehind=*/0>();
     } else {
       --tile_number_;
     }
@@ -115,9 +110,15 @@ class RowsMathWarpgroup {
     issue_scores<0, Traits::kBoxesAhead>();
     if constexpr (kHasPrevious) {
       begin_other_tile<kSplits>();
-      finish_other_tile<kSplits>();
+      // The tensor cores go on with a pair of boxes of S while the values of the tile before are
+      // given back.
+      constexpr int kSoon = Traits::kBoxesAhead + Traits::kBoxesPerPair;
+      issue_scores<Traits::kBoxesAhead, kSoon>();
+      finish_other_tile<kSplits, /*kGroupsBehind=*/1>();
+      issue_scores<kSoon, kBoxesPerTile>();
+    } else {
+      issue_scores<Traits::kBoxesAhead, kBoxesPerTile>();
     }
-    issue_scores<Traits::kBoxesAhead, kBoxesPerTile>();
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores_);
     bool const is_last_of_mine = tile_ + 2 >= tile_end_;
@@ -156,9 +157,10 @@ class RowsMathWarpgroup {
                              thread_mma.partition_fragment_A(low), tile_ - 1, other_warpgroup());
   }
 
-  template <bool kSplits>
+  // Once its products are done, behind which so many groups of WGMMAs were issued.
+  template <bool kSplits, int kGroupsBehind>
   __device__ __forceinline__ void finish_other_tile() {
-    release_values(other_warpgroup());
+    release_values<kGroupsBehind>(other_warpgroup());
     if constexpr (kSplits) release_kpe(other_warpgroup());
   }
 
@@ -167,7 +169,7 @@ class RowsMathWarpgroup {
     wait_for_values(tile_number_);
     typename Traits::MmaPvRegisters mma;
     multiply_values<kSplits>(mma, probability_, probability_low_, tile_, warpgroup_);
-    release_values(warpgroup_);
+    release_values<0>(warpgroup_);
   }
 
   template <bool kSplits, class Mma, class Operand>
@@ -197,7 +199,8 @@ class RowsMathWarpgroup {
     return &shared_.box_empty[stage * kBoxesPerTile + number];
   }
 
-  // Of the tile that is in the stage; both stages are filled in turns, beginning with the first.
+  // Waits for a box, or for the pair that it begins, of the tile that is in the stage. Both stages
+  // are filled in turns, beginning with the first.
   __device__ void wait_for_box(int32_t stage, int32_t number, uint32_t tile_number) const {
     Barrier::wait(&shared_.box_full[stage * kBoxesPerTile + number], tile_number / 2 & 1);
     if constexpr (Traits::kKvLoader == KvLoader::kGather) cutlass::arch::fence_view_async_shared();
@@ -212,18 +215,19 @@ class RowsMathWarpgroup {
   }
 
   // Waits for the products with V[g], and gives its boxes back.
+  template <int kGroupsBehind>
   __device__ __forceinline__ void release_values(int32_t stage) {
-    warpgroup_wait<0>();
+    warpgroup_wait<kGroupsBehind>();
     warpgroup_fence_operand(output_);
 #pragma unroll
-    for (int32_t i = 0; i < kBoxesPerWarpgroup; ++i) {
+    for (int32_t i = 0; i < kBoxesPerWarpgroup; i += Traits::kBoxesPerPair) {
       arrive_once_per_warp(box_empty(stage, first_value_box() + i), kMathWarpgroups);
     }
   }
 
   __device__ __forceinline__ void wait_for_values(uint32_t tile_number) const {
 #pragma unroll
-    for (int32_t i = 0; i < kBoxesPerWarpgroup; ++i) {
+    for (int32_t i = 0; i < kBoxesPerWarpgroup; i += Traits::kBoxesPerPair) {
       wait_for_box(tile_number & 1, first_value_box() + i, tile_number);
     }
   }
@@ -271,7 +275,7 @@ class RowsMathWarpgroup {
 #pragma unroll
     for (int32_t i = kFirstBox; i < kEndBox; ++i) {
       int32_t const number = Traits::box_in_order(warpgroup_, i);
-      wait_for_box(warpgroup_, number, tile_number_);
+      if (Traits::has_barrier(i)) wait_for_box(warpgroup_, number, tile_number_);
       warpgroup_arrive();
 #pragma unroll
       for (int32_t step = 0; step < size<2>(k_operand); ++step) {

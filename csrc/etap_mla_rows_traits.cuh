@@ -34,16 +34,22 @@ struct RowsMlaTraits {
   // S is there, the box of kpe may take the low part of P [rows x tokens].
   static constexpr int kStages = kMathWarpgroups;
   static constexpr int kRingBoxes = kStages * kBoxesPerTile;
-  static constexpr bool kLoadsBoxByBox = true;
+  static constexpr int kLoaderWarps = kStages;  // of the TMA loader
 
   // Boxes of S = Q K^T that come before P V of the tile before. None, and the tensor cores idle
   // until that P is there; all, and the boxes of that tile are given back too late.
   static constexpr int kBoxesAhead = 3;
+  static_assert(kBoxesAhead % 2 == 1, "kpe and whole pairs");
 
   // In which order the boxes of a stage become free, are asked for and used: kpe, the half of ckv
-  // whose owner makes S, the other half.
+  // whose owner makes S, the other half. Those of ckv come and go in pairs, by the barriers of a
+  // pair's first.
   __device__ static int32_t box_in_order(int32_t stage, int32_t i) {
     return i == 0 ? 0 : 1 + ((i - 1) ^ (stage * kBoxesPerWarpgroup));
+  }
+  static constexpr int kBoxesPerPair = 2;
+  __host__ __device__ static constexpr bool has_barrier(int32_t box) {
+    return box == 0 || (box - 1) % kBoxesPerPair == 0;
   }
 
   using KAtom = GMMA::Layout_K_SW128_Atom<DType>;
