@@ -191,10 +191,7 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
 
   TVM_FFI_CHECK(workspace.numel() >= plan.total(), ValueError)
       << "float_workspace_buffer has " << workspace.numel() << " bytes; " << plan.total()
-      << " are needed"
-      << (is_batch_invariant ? " with this fixed_split_size, number of queries and of kv_indices; "
-                               "a larger fixed_split_size needs less"
-                             : "");
+      << " are needed" << (is_batch_invariant ? " for the parts that fixed_split_size makes" : "");
   TVM_FFI_CHECK(plan.partial_out_bytes / int64_t(sizeof(float)) <= INT32_MAX, ValueError)
       << "with this fixed_split_size the parts' results take " << plan.partial_out_bytes
       << " bytes; at most 8 GiB are allowed";

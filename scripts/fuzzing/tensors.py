@@ -311,6 +311,7 @@ def call(wrapper: Any, tensors: Tensors) -> None:
         TORCH_DTYPES[case.dtype],
         TORCH_DTYPES[case.kv_dtype],
         validate=case.validate,
+        fixed_split_size=case.fixed_split_size,
     )
     results = {"out": tensors.out, "lse": tensors.lse, "return_lse": True}
     results["return_lse_base_on_e"] = case.lse_base_e
