@@ -99,18 +99,14 @@ class FixedSplitPeer(WrapperPeer):
     """Ours, batch-invariant, with parts of ``tokens``; for the cells of "fixed-split"."""
 
     def __init__(self, wrapper_class: type, tokens: int):
-        # 64 parts of 2,064 bytes a row of 64 queries x 16 heads, and more.
-        super().__init__(fixed_split_name(tokens), wrapper_class, "etap", ("same",), 256 << 20)
+        # 64 parts of 2,056 bytes for each row of 64 queries x 16 heads, and more.
+        name = f"etap_fixed_split_{tokens}"
+        super().__init__(name, wrapper_class, "etap", workspace_bytes=256 << 20)
         self.tokens = tokens
 
     def plan(self, inputs: Inputs) -> None:
         pages = self.tokens // inputs.cell.page_size
         self.wrapper.plan(*plan_arguments(inputs), fixed_split_size=pages)
-
-
-def fixed_split_name(tokens: int) -> str:
-    """Name of the peer that is ETAP with parts of ``tokens``."""
-    return f"etap_fixed_split_{tokens}"
 
 
 class FlashMla:
