@@ -159,7 +159,7 @@ class Merge {
     int32_t const first_part = share < num_shares ? share : descriptor.num_parts;
     for (int32_t part = first_part; part < descriptor.num_parts;
          part += kPartsInFlight * num_shares) {
-      join_parts(joined, descriptor.num_parts, number, part, num_shares,
+      join_parts(joined, descriptor.num_parts, slots_of(number), part, num_shares,
                  partial_index<kRowTile>(0, box, row_block, fragment_warp, lane_),
                  row_block * 8 + 2 * (lane_ % 4));
     }
@@ -171,14 +171,23 @@ class Merge {
     if (has_other_warps) __syncthreads();  // the next units use the same shared memory
   }
 
-  // The beginning of a row tile lies in its CTA's second slot, every continuation in the first.
-  __device__ int32_t slot_of(int32_t number, int32_t part) const {
-    return is_batch_invariant() ? number * params_.most_parts + part
-                                : 2 * (number + part) + (part == 0 ? 1 : 0);
+  // The parts' slots. Of a row tile that begins in CTA `number`, the beginning lies in that CTA's
+  // second slot, every continuation in the first; in batch-invariant calls they follow each other.
+  struct PartSlots {
+    int32_t begin, stride;
+
+    __device__ int32_t operator[](int32_t part) const {
+      return begin + (part == 0 ? stride - 1 : part * stride);
+    }
+  };
+
+  __device__ PartSlots slots_of(int32_t number) const {
+    return is_batch_invariant() ? PartSlots{number * params_.most_parts, 1}
+                                : PartSlots{2 * number, 2};
   }
 
   // Adds parts first_part, + stride, ..., kPartsInFlight of them or as many as there are.
-  __device__ void join_parts(JoinedParts& joined, int32_t num_parts, int32_t number,
+  __device__ void join_parts(JoinedParts& joined, int32_t num_parts, PartSlots const& slots,
                              int32_t first_part, int32_t stride, int32_t index, int32_t row) {
     JoinedParts parts[kPartsInFlight];
 #pragma unroll
@@ -186,7 +195,7 @@ class Merge {
       parts[i] = JoinedParts::none();
       int32_t const part = first_part + i * stride;
       if (part >= num_parts) continue;
-      int32_t const slot = slot_of(number, part);
+      int32_t const slot = slots[part];
       parts[i].sum = *reinterpret_cast<float4 const*>(params_.partial_out +
                                                       slot * (kHeadDimCkv * kRowTile) + index);
       float4 const ml =
@@ -219,8 +228,9 @@ class Merge {
     shared_.shares[warp_][lane_] = joined;
     __syncthreads();
     if (share > 0) return;
-    for (int32_t other = 1; other < num_shares; ++other) {
-      joined.add(shared_.shares[warp_ + (other << log_units)][lane_]);
+    int32_t const end = num_shares << log_units;
+    for (int32_t warp = warp_ + (1 << log_units); warp < end; warp += 1 << log_units) {
+      joined.add(shared_.shares[warp][lane_]);
     }
   }
 
