@@ -72,18 +72,41 @@ int32_t prepare_device(int32_t device) {
 
 // Sizes of the workspace's three arrays, in this order; each is a multiple of 16 bytes.
 struct WorkspacePlan {
-  explicit WorkspacePlan(int64_t num_ctas)
-      : partial_out_bytes(2 * num_ctas * kHeadDimCkv * kRowTile * int64_t(sizeof(float))),
-        partial_ml_bytes(2 * num_ctas * kRowTile * int64_t(sizeof(float2))),
-        descriptor_bytes(num_ctas * int64_t(sizeof(MergeDescriptor))) {}
+  WorkspacePlan(int64_t slots, int64_t descriptors)
+      : partial_out_bytes(slots * kHeadDimCkv * kRowTile * int64_t(sizeof(float))),
+        partial_ml_bytes(slots * kRowTile * int64_t(sizeof(float2))),
+        descriptor_bytes(descriptors * int64_t(sizeof(MergeDescriptor))) {}
   int64_t total() const { return partial_out_bytes + partial_ml_bytes + descriptor_bytes; }
 
   int64_t const partial_out_bytes, partial_ml_bytes, descriptor_bytes;
 };
 
+WorkspacePlan plan_workspace(int32_t num_ctas) { return {2 * int64_t(num_ctas), num_ctas}; }
+
+// Of a batch-invariant call.
+WorkspacePlan plan_workspace(FixedSplitBound const& bound) {
+  return {bound.slots(), bound.row_tiles};
+}
+
+FixedSplitBound bound_call(int64_t total_queries, int64_t batch, int64_t num_heads,
+                           int64_t num_kv_indices, int64_t page_size, int64_t fixed_split_tiles) {
+  int64_t const longest = (num_kv_indices * page_size + kTokenTile - 1) / kTokenTile;
+  return bound_fixed_split(total_queries, batch, num_heads, kRowTile,
+                           std::clamp<int64_t>(longest, 1, kLongestFixedSplit),
+                           std::min<int64_t>(fixed_split_tiles, kLongestFixedSplit));
+}
+
 int64_t workspace_bytes(int64_t device) {
   tvm::ffi::CUDADeviceGuard const guard(device);
-  return WorkspacePlan(prepare_device(device)).total();
+  return plan_workspace(prepare_device(device)).total();
+}
+
+int64_t fixed_split_workspace_bytes(int64_t total_queries, int64_t batch, int64_t num_heads,
+                                    int64_t num_kv_indices, int64_t page_size,
+                                    int64_t fixed_split_tiles) {
+  return plan_workspace(bound_call(total_queries, batch, num_heads, num_kv_indices, page_size,
+                                   fixed_split_tiles))
+      .total();
 }
 
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
@@ -172,16 +195,26 @@ T* pointer(TensorView const& tensor) {
 void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ckv, TensorView kpe,
          TensorView qo_indptr, TensorView kv_indptr, TensorView kv_indices, TensorView kv_len_arr,
          TensorView out, Optional<TensorView> lse, bool causal, double sm_scale, bool lse_base_e,
-         double ckv_scale, double kpe_scale) {
+         double ckv_scale, double kpe_scale, int64_t fixed_split_tiles) {
   int32_t const device = q_nope.device().device_id;
   tvm::ffi::CUDADeviceGuard const guard(device);
   int32_t const num_ctas = prepare_device(device);
-  WorkspacePlan const plan(num_ctas);
+  bool const is_batch_invariant = fixed_split_tiles > 0;
+  FixedSplitBound bound = {};
+  if (is_batch_invariant) {
+    bound = bound_call(q_nope.size(0), kv_len_arr.numel(), q_nope.size(1), kv_indices.numel(),
+                       ckv.size(1), fixed_split_tiles);
+  }
+  WorkspacePlan const plan = is_batch_invariant ? plan_workspace(bound) : plan_workspace(num_ctas);
   int32_t const page_size = ckv.size(1);
   int32_t const rows_per_copy = std::gcd(page_size, kTokenTile);
 
   TVM_FFI_CHECK(workspace.numel() >= plan.total(), ValueError)
-      << "the workspace has " << workspace.numel() << " bytes; " << plan.total() << " are needed";
+      << "float_workspace_buffer has " << workspace.numel() << " bytes; " << plan.total()
+      << " are needed" << (is_batch_invariant ? " for the parts that fixed_split_size makes" : "");
+  TVM_FFI_CHECK(plan.partial_out_bytes / int64_t(sizeof(float)) <= INT32_MAX, ValueError)
+      << "with this fixed_split_size the parts' results take " << plan.partial_out_bytes
+      << " bytes; at most 8 GiB are allowed";
   TVM_FFI_CHECK(q_nope.size(2) == kHeadDimCkv && q_pe.size(2) == kHeadDimKpe &&
                     ckv.size(2) == kCkvColumns && kpe.size(2) == kKpeColumns,
                 ValueError)
@@ -220,6 +253,9 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   params.num_kv_indices = kv_indices.numel();
   params.batch = kv_len_arr.numel();
   params.requests_per_thread = (params.batch + kThreads - 1) / kThreads;
+  params.fixed_split_tiles = std::clamp<int64_t>(fixed_split_tiles, 0, kLongestFixedSplit);
+  params.most_row_tiles = std::min<int64_t>(bound.row_tiles, INT32_MAX);
+  params.most_parts = bound.parts;
   params.num_heads = q_nope.size(1);
   params.total_queries = q_nope.size(0);
   params.num_pages = ckv.size(0);
@@ -256,7 +292,7 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   launch_dependent(etap_mla_kernel<Traits>, num_ctas, kThreads,
                    sizeof(typename Traits::SharedStorage), stream, params, ckv_map, kpe_map);
   launch_dependent(etap_mla_merge_kernel<Traits>, kMergeCtasPerSm * num_ctas, kMergeThreads, 0,
-                   stream, params, num_ctas);
+                   stream, params, is_batch_invariant ? params.most_row_tiles : num_ctas);
 }
 
 }  // namespace
@@ -264,3 +300,4 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, etap::run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, etap::workspace_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(fixed_split_workspace_bytes, etap::fixed_split_workspace_bytes);

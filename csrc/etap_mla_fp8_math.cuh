@@ -361,7 +361,7 @@ class Fp8MathWarpgroup {
         });
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
     bool const is_whole = segment().is_whole();
-    int32_t const slot = 2 * blockIdx.x + (segment().begins_row_tile ? 1 : 0);
+    int32_t const slot = segment().slot;
     if (is_whole) {
       write_output();
     } else {

@@ -65,7 +65,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The merge kernel's CTAs may take their places as ours leave; they wait for our results.
   cudaTriggerProgrammaticLaunchCompletion();
   find_cta_work<Traits::kRowTile>(params, shared.schedule, work);
-  if (threadIdx.x == kThreads - 1) params.merge_descriptors[blockIdx.x] = {};
   __syncthreads();
   if (work.begin >= work.end) return;
 

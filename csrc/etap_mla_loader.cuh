@@ -304,9 +304,7 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     cutlass::arch::cp_async_fence();
     if (thread == 0) {
       shared.segments[number & 1] = segment;
-      if (has_segment && segment.begins_row_tile && !segment.ends_row_tile) {
-        params.merge_descriptors[blockIdx.x] = walk.merge_descriptor();
-      }
+      if (has_segment) walk.write_merge_descriptor();
     }
     cutlass::arch::cp_async_wait<0>();
     cutlass::arch::fence_view_async_shared();

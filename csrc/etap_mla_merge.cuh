@@ -9,6 +9,9 @@
  * take a unit each or, with warps to spare, share the parts of a unit, each with an M of its own
  * until the shares are added. Whatever a warp needs it finds by itself: this kernel is nothing but
  * latency, two trips to memory (descriptors; parts) and, for shares, one barrier.
+ *
+ * In batch-invariant calls the number of shares, and so the order of all sums, depends on the
+ * number of parts alone; where there are more warps than shares, some have nothing to do.
  */
 #pragma once
 
@@ -53,6 +56,7 @@ class Merge {
   static constexpr int kUnitsPerRowTile = kRowBlocks * kUnitsPerBlock;
   static constexpr int kPartsInFlight = 8;
   static constexpr int kDescriptorsPerLane = kMaxCtas / 32;
+  static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
 
  public:
   struct SharedStorage {
@@ -64,11 +68,25 @@ class Merge {
 
   // A rehearsal goes through the code with nothing to join, while the attention kernel still runs:
   // afterwards its instructions and constants are in the caches.
-  __device__ void run(int32_t num_ctas, bool is_rehearsal) {
-    int32_t const num_units = load_descriptors(is_rehearsal ? 0 : num_ctas) * kUnitsPerRowTile;
+  __device__ void run(int32_t num_descriptors, bool is_rehearsal) {
+    // Only batch-invariant calls may have more descriptors than a warp keeps.
+#pragma unroll 1
+    for (first_descriptor_ = 0;; first_descriptor_ += kMaxCtas) {
+      join_row_tiles(is_rehearsal ? 0 : num_descriptors, is_rehearsal);
+      if (is_rehearsal || num_descriptors - first_descriptor_ <= kMaxCtas) break;
+    }
+  }
+
+ private:
+  __device__ bool is_batch_invariant() const { return params_.fixed_split_tiles > 0; }
+
+  // Of the descriptors from first_descriptor_ on, as many as a warp keeps.
+  __device__ void join_row_tiles(int32_t num_descriptors, bool is_rehearsal) {
+    int32_t const num_units = load_descriptors(num_descriptors) * kUnitsPerRowTile;
     // Units that a CTA joins at once: the fewest that leave none to a second round.
+    int32_t const most_log_units = is_batch_invariant() ? 3 - log_merge_shares(most_parts()) : 3;
     int32_t log_units = 0;
-    while (log_units < 3 && num_units > int32_t(gridDim.x) << log_units) ++log_units;
+    while (log_units < most_log_units && num_units > int32_t(gridDim.x) << log_units) ++log_units;
     int32_t first = blockIdx.x << log_units;
     int32_t const end = is_rehearsal ? first + 1 : num_units;
     for (; first < end; first += gridDim.x << log_units) {
@@ -76,14 +94,14 @@ class Merge {
     }
   }
 
- private:
   // Lane l keeps descriptors l, l + 32, ...; returns how many row tiles were split.
-  __device__ int32_t load_descriptors(int32_t num_ctas) {
+  __device__ int32_t load_descriptors(int32_t num_descriptors) {
     int32_t split_row_tiles = 0;
 #pragma unroll
     for (int32_t i = 0; i < kDescriptorsPerLane; ++i) {
-      int32_t const cta = i * 32 + lane_;
-      descriptors_[i] = cta < num_ctas ? params_.merge_descriptors[cta] : MergeDescriptor{};
+      int32_t const number = first_descriptor_ + i * 32 + lane_;
+      descriptors_[i] =
+          number < num_descriptors ? params_.merge_descriptors[number] : MergeDescriptor{};
     }
 #pragma unroll
     for (int32_t i = 0; i < kDescriptorsPerLane; ++i) {
@@ -92,12 +110,20 @@ class Merge {
     return split_row_tiles;
   }
 
+  // Of the row tile that has most.
+  __device__ int32_t most_parts() const {
+    int32_t most = 0;
+#pragma unroll
+    for (int32_t i = 0; i < kDescriptorsPerLane; ++i) most = max(most, descriptors_[i].num_parts);
+    return __reduce_max_sync(0xffffffff, most);
+  }
+
   struct SplitRowTile {
     MergeDescriptor descriptor;
-    int32_t first_cta;
+    int32_t number;  // of the descriptor: the first CTA or, in batch-invariant calls, the row tile
   };
 
-  // The split row tile number `number`, in the order of the CTAs in which they begin.
+  // The split row tile number `number`, in the order of descriptors.
   __device__ SplitRowTile find_split_row_tile(int32_t number) const {
     SplitRowTile found = {};
     int32_t before = 0;
@@ -112,7 +138,7 @@ class Merge {
         found.descriptor.num_parts = __shfl_sync(0xffffffff, descriptors_[i].num_parts, source);
         found.descriptor.num_rows = __shfl_sync(0xffffffff, descriptors_[i].num_rows, source);
         found.descriptor.packed_row = __shfl_sync(0xffffffff, descriptors_[i].packed_row, source);
-        found.first_cta = i * 32 + source;
+        found.number = first_descriptor_ + i * 32 + source;
       }
       before += __popc(mask);
     }
@@ -120,33 +146,48 @@ class Merge {
   }
 
   // Units are numbered row tile, block of 8 rows, box of d_v, warp. Warp w of the CTA works on the
-  // parts w >> log_units, + num_shares, ... of its unit.
+  // parts w >> log_units, + num_shares, ... of its unit, if there are so many shares.
   __device__ void join(int32_t unit, int32_t log_units) {
-    int32_t const num_shares = kMergeWarps >> log_units, share = warp_ >> log_units;
+    int32_t const share = warp_ >> log_units;
     int32_t const row_block = unit / kUnitsPerBlock % kRowBlocks;
     int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
-    auto const [descriptor, first_cta] = find_split_row_tile(unit / kUnitsPerRowTile);
+    auto const [descriptor, number] = find_split_row_tile(unit / kUnitsPerRowTile);
+    int32_t const num_shares = is_batch_invariant() ? 1 << log_merge_shares(descriptor.num_parts)
+                                                    : kMergeWarps >> log_units;
 
     JoinedParts joined = JoinedParts::none();
-    for (int32_t part = share; part < descriptor.num_parts; part += kPartsInFlight * num_shares) {
-      join_parts(joined, descriptor.num_parts, first_cta, part, num_shares,
+    int32_t const first_part = share < num_shares ? share : descriptor.num_parts;
+    for (int32_t part = first_part; part < descriptor.num_parts;
+         part += kPartsInFlight * num_shares) {
+      join_parts(joined, descriptor.num_parts, slots_of(number), part, num_shares,
                  partial_index<kRowTile>(0, box, row_block, fragment_warp, lane_),
                  row_block * 8 + 2 * (lane_ % 4));
     }
-    if (num_shares > 1) add_shares(joined, share, log_units);
+    bool const has_other_warps = log_units < 3;
+    if (has_other_warps) add_shares(joined, share, num_shares, log_units);
     if (share == 0) {
       write_output(joined, descriptor, row_block, box * kBoxColumns + fragment_warp * 16);
     }
-    if (num_shares > 1) __syncthreads();  // the next units use the same shared memory
+    if (has_other_warps) __syncthreads();  // the next units use the same shared memory
   }
 
-  // The beginning of a row tile lies in its CTA's second slot, every continuation in the first.
-  __device__ static int32_t slot_of(int32_t first_cta, int32_t part) {
-    return 2 * (first_cta + part) + (part == 0 ? 1 : 0);
+  // The parts' slots. Of a row tile that begins in CTA `number`, the beginning lies in that CTA's
+  // second slot, every continuation in the first; in batch-invariant calls they follow each other.
+  struct PartSlots {
+    int32_t begin, stride;
+
+    __device__ int32_t operator[](int32_t part) const {
+      return begin + (part == 0 ? stride - 1 : part * stride);
+    }
+  };
+
+  __device__ PartSlots slots_of(int32_t number) const {
+    return is_batch_invariant() ? PartSlots{number * params_.most_parts, 1}
+                                : PartSlots{2 * number, 2};
   }
 
   // Adds parts first_part, + stride, ..., kPartsInFlight of them or as many as there are.
-  __device__ void join_parts(JoinedParts& joined, int32_t num_parts, int32_t first_cta,
+  __device__ void join_parts(JoinedParts& joined, int32_t num_parts, PartSlots const& slots,
                              int32_t first_part, int32_t stride, int32_t index, int32_t row) {
     JoinedParts parts[kPartsInFlight];
 #pragma unroll
@@ -154,7 +195,7 @@ class Merge {
       parts[i] = JoinedParts::none();
       int32_t const part = first_part + i * stride;
       if (part >= num_parts) continue;
-      int32_t const slot = slot_of(first_cta, part);
+      int32_t const slot = slots[part];
       parts[i].sum = *reinterpret_cast<float4 const*>(params_.partial_out +
                                                       slot * (kHeadDimCkv * kRowTile) + index);
       float4 const ml =
@@ -182,11 +223,13 @@ class Merge {
   }
 
   // Adds what the warps of the same unit have, in the order of their shares.
-  __device__ void add_shares(JoinedParts& joined, int32_t share, int32_t log_units) {
+  __device__ void add_shares(JoinedParts& joined, int32_t share, int32_t num_shares,
+                             int32_t log_units) {
     shared_.shares[warp_][lane_] = joined;
     __syncthreads();
     if (share > 0) return;
-    for (int32_t warp = warp_ + (1 << log_units); warp < kMergeWarps; warp += 1 << log_units) {
+    int32_t const end = num_shares << log_units;
+    for (int32_t warp = warp_ + (1 << log_units); warp < end; warp += 1 << log_units) {
       joined.add(shared_.shares[warp][lane_]);
     }
   }
@@ -212,17 +255,18 @@ class Merge {
   SharedStorage& shared_;
   int32_t const warp_ = threadIdx.x / 32;
   int32_t const lane_ = threadIdx.x % 32;
+  int32_t first_descriptor_ = 0;
   MergeDescriptor descriptors_[kDescriptorsPerLane];
 };
 
 template <class Traits>
 __global__ void __launch_bounds__(kMergeThreads, kMergeCtasPerSm)
-    etap_mla_merge_kernel(__grid_constant__ Params const params, int32_t num_ctas) {
+    etap_mla_merge_kernel(__grid_constant__ Params const params, int32_t num_descriptors) {
   __shared__ typename Merge<Traits>::SharedStorage shared;
   Merge<Traits> merge(params, shared);
 #pragma unroll 1  // so that the rehearsal runs the same instructions
   for (bool is_rehearsal = true;; is_rehearsal = false) {
-    merge.run(num_ctas, is_rehearsal);
+    merge.run(num_descriptors, is_rehearsal);
     if (!is_rehearsal) break;
     // The next kernel of a chain of dependent launches may set itself up beside this one.
     cudaTriggerProgrammaticLaunchCompletion();

@@ -104,4 +104,61 @@ ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles
   return aligned.longest_part() <= longest_span + longest_span / 16 ? aligned : even;
 }
 
+// Batch-invariant calls cut a row tile at places that depend on its own length alone. A CTA does
+// the parts that begin in its range of the line, and all of each.
+
+// Parts of a row tile, at most: as many as the warps of a CTA of the merge kernel load at once.
+constexpr int32_t kMostFixedParts = 64;
+// Longer parts than any request, whose tokens are counted in 32 bits.
+constexpr int32_t kLongestFixedSplit = 1 << 25;
+
+// A row tile of `tiles` > 0 tiles in parts of `part_tiles`; the last one may be shorter.
+struct FixedSplit {
+  int32_t tiles;
+  int32_t part_tiles;
+
+  ETAP_HOST_DEVICE int32_t num_parts() const { return first_part_from(tiles); }
+  // Number of the first part that begins at `tile` or later; num_parts() if none does.
+  ETAP_HOST_DEVICE int32_t first_part_from(int32_t tile) const {
+    return divide(tile + part_tiles - 1, part_tiles);
+  }
+  ETAP_HOST_DEVICE int32_t begin(int32_t part) const {
+    int32_t const begin = part * part_tiles;
+    return begin < tiles ? begin : tiles;
+  }
+};
+
+// Parts of `split_tiles` or, where that makes too many, the smallest multiple that does not.
+ETAP_HOST_DEVICE FixedSplit make_fixed_split(int32_t tiles, int32_t split_tiles) {
+  int32_t const most_tiles = saturating_multiply(split_tiles, kMostFixedParts);
+  return {tiles, split_tiles * (divide(tiles - 1, most_tiles) + 1)};
+}
+
+// The warps that share a row tile's parts in the merge kernel: as few as load all of them at once,
+// 8 each. From the number of parts alone, for the shares decide in which order sums are made.
+ETAP_HOST_DEVICE int32_t log_merge_shares(int32_t num_parts) {
+  return num_parts > 32 ? 3 : num_parts > 16 ? 2 : num_parts > 8 ? 1 : 0;
+}
+
+// What a batch-invariant call can need at most, whatever its index tensors say. Part p of row tile
+// r, counted over the whole line, has slot r * parts + p of the workspace.
+struct FixedSplitBound {
+  int64_t row_tiles;
+  int32_t parts;  // of a row tile
+
+  ETAP_HOST_DEVICE int64_t slots() const { return parts > 1 ? row_tiles * parts : 0; }
+};
+
+// `longest_row_tile`: tiles of a request that has all the pages there are.
+ETAP_HOST_DEVICE FixedSplitBound bound_fixed_split(int64_t total_queries, int64_t batch,
+                                                   int32_t num_heads, int32_t row_tile,
+                                                   int64_t longest_row_tile, int32_t split_tiles) {
+  // Each query, and each request, leaves at most one row tile incomplete.
+  int64_t const by_query = total_queries * ((num_heads + row_tile - 1) / row_tile);
+  int64_t const by_request = total_queries * num_heads / row_tile + batch;
+  int64_t const parts = (longest_row_tile + split_tiles - 1) / split_tiles;
+  return {by_query < by_request ? by_query : by_request,
+          int32_t(parts < kMostFixedParts ? parts : kMostFixedParts)};
+}
+
 }  // namespace etap

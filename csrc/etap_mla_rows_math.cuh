@@ -424,7 +424,7 @@ class RowsMathWarpgroup {
     for (int32_t i = 0; i < kRows; ++i) row_sum_[i] = sums[0][row(i)] + sums[1][row(i)];
 
     bool const is_whole = segment().is_whole();
-    int32_t const slot = 2 * blockIdx.x + (segment().begins_row_tile ? 1 : 0);
+    int32_t const slot = segment().slot;
     if (is_whole) {
       write_output();
     } else {

@@ -64,45 +64,71 @@ __device__ __forceinline__ void add_request(Params const& params, Request const&
                                             WorkSums& sums) {
   int32_t const row_tiles = count_row_tiles<kRowTile>(params, request);
   sums.tiles = saturating_add(sums.tiles, count_tiles<kRowTile>(params, request));
-  sums.row_tiles += row_tiles;
+  sums.row_tiles = saturating_add(sums.row_tiles, row_tiles);
   sums.longest_row_tile =
       max(sums.longest_row_tile, row_tiles > 0 ? count_token_tiles(request) : 0);
 }
 
-// Sums over the warp's lanes; returns the tiles of the lanes before this one.
-__device__ __forceinline__ int32_t add_over_warp(WorkSums& sums) {
+// Sum over the lanes before this one; `value` becomes the sum over all.
+__device__ __forceinline__ int32_t add_lanes_before(int32_t& value) {
   int32_t const lane = threadIdx.x % 32;
-  int32_t through = sums.tiles;
+  int32_t through = value;
 #pragma unroll
   for (int32_t distance = 1; distance < 32; distance *= 2) {
     int32_t const earlier = __shfl_up_sync(0xffffffff, through, distance);
     if (lane >= distance) through = saturating_add(through, earlier);
   }
-  sums.tiles = __shfl_sync(0xffffffff, through, 31);
-  sums.row_tiles = __reduce_add_sync(0xffffffff, sums.row_tiles);
-  sums.longest_row_tile = __reduce_max_sync(0xffffffff, sums.longest_row_tile);
+  value = __shfl_sync(0xffffffff, through, 31);
   int32_t const before = __shfl_up_sync(0xffffffff, through, 1);
   return lane > 0 ? before : 0;
 }
 
-// Sums over the CTA's warps; returns the tiles of the warps before this one.
-__device__ __forceinline__ int32_t add_over_cta(ScheduleScratch& scratch, WorkSums& sums) {
+// Sums over the warp's lanes; returns those of the lanes before this one. Row tiles are numbered
+// in batch-invariant calls only.
+__device__ __forceinline__ WorkSums add_over_warp(Params const& params, WorkSums& sums) {
+  WorkSums before = {};
+  before.tiles = add_lanes_before(sums.tiles);
+  if (params.fixed_split_tiles > 0) {
+    before.row_tiles = add_lanes_before(sums.row_tiles);
+  } else {
+    sums.row_tiles = __reduce_add_sync(0xffffffff, sums.row_tiles);
+  }
+  sums.longest_row_tile = __reduce_max_sync(0xffffffff, sums.longest_row_tile);
+  return before;
+}
+
+// Sums over the CTA's warps; adds those of the warps before this one to `before`.
+__device__ __forceinline__ void add_over_cta(ScheduleScratch& scratch, WorkSums& sums,
+                                             WorkSums& before) {
   int32_t const warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0) {
     scratch.warps[warp] = make_int4(sums.tiles, sums.row_tiles, sums.longest_row_tile, 0);
   }
   __syncthreads();
-  int32_t before = 0;
+  WorkSums warps_before = {};
   sums = {};
 #pragma unroll
   for (int32_t i = 0; i < kThreads / 32; ++i) {
     int4 const of_warp = scratch.warps[i];
-    if (i == warp) before = sums.tiles;
+    if (i == warp) warps_before = sums;
     sums.tiles = saturating_add(sums.tiles, of_warp.x);
-    sums.row_tiles += of_warp.y;
+    sums.row_tiles = saturating_add(sums.row_tiles, of_warp.y);
     sums.longest_row_tile = max(sums.longest_row_tile, of_warp.z);
   }
-  return before;
+  before.tiles = saturating_add(before.tiles, warps_before.tiles);
+  before.row_tiles = saturating_add(before.row_tiles, warps_before.row_tiles);
+}
+
+// The descriptors that no beginning row tile will write: this CTA's, until it finds that it splits
+// one; in a batch-invariant call, those behind the last row tile's.
+__device__ __forceinline__ void clear_merge_descriptors(Params const& params, int32_t row_tiles) {
+  if (params.fixed_split_tiles == 0) {
+    if (threadIdx.x == kThreads - 1) params.merge_descriptors[blockIdx.x] = {};
+    return;
+  }
+  int32_t const stride = gridDim.x * kThreads;
+  int64_t i = int64_t(row_tiles) + blockIdx.x * kThreads + threadIdx.x;
+  for (; i < params.most_row_tiles; i += stride) params.merge_descriptors[i] = {};
 }
 
 // Run by all threads of the CTA together; `work` is there for all after the next barrier. Up to 32
@@ -120,8 +146,11 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
     add_request<kRowTile>(params, request, sums);
   }
   int32_t const tiles = sums.tiles;
-  int32_t request_begin = add_over_warp(sums);
-  if (!is_small) request_begin = saturating_add(request_begin, add_over_cta(scratch, sums));
+  WorkSums before = add_over_warp(params, sums);
+  if (!is_small) add_over_cta(scratch, sums, before);
+  // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
+  if (params.fixed_split_tiles > 0 && sums.tiles == kMaxTiles) sums = {};
+  clear_merge_descriptors(params, sums.row_tiles);
   Partition const partition =
       make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, gridDim.x);
   auto const [begin, end] = partition.range(blockIdx.x);
@@ -130,18 +159,20 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
     work.begin = begin;
     work.end = end;
   }
-  if (begin < request_begin || begin >= saturating_add(request_begin, tiles)) return;
+  if (begin < before.tiles || begin >= saturating_add(before.tiles, tiles)) return;
   int32_t index = first;  // this thread's share holds the CTA's first tile
   if (requests > 1) {
     request = clamp_request(params, load_request(params, index));
-    while (begin >= request_begin + count_tiles<kRowTile>(params, request)) {
-      request_begin += count_tiles<kRowTile>(params, request);
+    while (begin >= before.tiles + count_tiles<kRowTile>(params, request)) {
+      before.tiles += count_tiles<kRowTile>(params, request);
+      before.row_tiles += count_row_tiles<kRowTile>(params, request);
       request = clamp_request(params, load_request(params, ++index));
     }
   }
   // In a small batch a thread of every warp gets here, each with the same to say.
   work.first_request = index;
-  work.first_request_begin = request_begin;
+  work.first_request_begin = before.tiles;
+  work.row_tiles_before = before.row_tiles;
   work.request = request;
 }
 
@@ -157,9 +188,11 @@ class SegmentWalk {
         work_(work),
         position_(work.begin),
         request_begin_(work.first_request_begin),
+        row_tiles_before_(work.row_tiles_before),
         index_(work.first_request) {
     segment.request = work.request;
     next_request_ = load_request(params, index_ + 1);
+    if (params.fixed_split_tiles > 0) skip_part_begun_before();
   }
 
   __device__ bool next() {
@@ -167,6 +200,7 @@ class SegmentWalk {
     Request& request = segment.request;
     while (position_ >= saturating_add(request_begin_, count_tiles<kRowTile>(params_, request))) {
       request_begin_ += count_tiles<kRowTile>(params_, request);
+      row_tiles_before_ += count_row_tiles<kRowTile>(params_, request);
       request = clamp_request(params_, next_request_);
       if (++index_ >= params_.batch) return false;
       // Loaded one request ahead, so that nobody waits for it between two segments.
@@ -180,26 +214,61 @@ class SegmentWalk {
     segment.num_rows = min(kRowTile, request.query_len * params_.num_heads - segment.row_begin);
     segment.packed_row = request.query_begin * params_.num_heads + segment.row_begin;
     segment.tile_begin = offset - row_tile * tiles;
-    segment.tile_end = min(tiles, segment.tile_begin + (work_.end - position_));
-    segment.row_tile_end = position_ - segment.tile_begin + tiles;
+    segment.tile_end = segment.tile_begin + (work_.end - position_);
+    segment.slot = 2 * blockIdx.x + (segment.tile_begin == 0 ? 1 : 0);
+    if (params_.fixed_split_tiles > 0) {
+      FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
+      // Index tensors that are wrong may have more.
+      if (row_tile_number() >= params_.most_row_tiles) return false;
+      segment.tile_end = segment.tile_begin + split.part_tiles;
+      segment.slot =
+          row_tile_number() * params_.most_parts + split.first_part_from(segment.tile_begin);
+    }
+    segment.tile_end = min(segment.tile_end, tiles);
     segment.begins_row_tile = segment.tile_begin == 0;
     segment.ends_row_tile = segment.tile_end == tiles;
     position_ += segment.num_tiles();
     return true;
   }
 
-  // What the merge kernel has to know of a row tile that begins here and ends in a later CTA.
-  __device__ MergeDescriptor merge_descriptor() const {
-    int32_t const last_cta = work_.partition.cta_of(segment.row_tile_end - 1);
-    int32_t const num_parts = min(last_cta, int32_t(gridDim.x) - 1) - int32_t(blockIdx.x) + 1;
-    return {num_parts, segment.num_rows, segment.packed_row, 0};
+  // What the merge kernel has to know of a row tile that begins with this segment: that later CTAs
+  // continue it or, in a batch-invariant call, how many parts it has.
+  __device__ void write_merge_descriptor() const {
+    if (!segment.begins_row_tile) return;
+    MergeDescriptor descriptor = {0, segment.num_rows, segment.packed_row, 0};
+    int32_t const tiles = count_token_tiles(segment.request);
+    if (params_.fixed_split_tiles > 0) {
+      int32_t const num_parts = make_fixed_split(tiles, params_.fixed_split_tiles).num_parts();
+      descriptor.num_parts = num_parts > 1 ? num_parts : 0;
+      params_.merge_descriptors[row_tile_number()] = descriptor;
+    } else if (!segment.ends_row_tile) {
+      int32_t const row_tile_end = position_ - segment.tile_end + tiles;
+      int32_t const last_cta = work_.partition.cta_of(row_tile_end - 1);
+      descriptor.num_parts = min(last_cta, int32_t(gridDim.x) - 1) - int32_t(blockIdx.x) + 1;
+      params_.merge_descriptors[blockIdx.x] = descriptor;
+    }
   }
 
  private:
+  // A part that begins in an earlier CTA's range is that CTA's.
+  __device__ void skip_part_begun_before() {
+    int32_t const tiles = count_token_tiles(segment.request);
+    int32_t const offset = position_ - request_begin_;
+    int32_t const tile = offset - divide(offset, tiles) * tiles;
+    FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
+    position_ += split.begin(split.first_part_from(tile)) - tile;
+  }
+
+  // Of the segment's row tile, over the whole line.
+  __device__ int32_t row_tile_number() const {
+    return row_tiles_before_ + segment.row_begin / kRowTile;
+  }
+
   Params const& params_;
   CtaWork const& work_;
   int32_t position_;
   int32_t request_begin_;
+  int32_t row_tiles_before_;  // the request's
   int32_t index_;
   RawRequest next_request_;
 };

@@ -94,7 +94,7 @@ struct Segment {
   int32_t num_rows;    // rows of it that exist
   int32_t packed_row;  // of its first row: query * num_heads + head over the whole batch
   int32_t tile_begin, tile_end;
-  int32_t row_tile_end;  // on the line of all tiles
+  int32_t slot;  // of the workspace, for its partial result
   bool begins_row_tile, ends_row_tile;
 
   __device__ int32_t num_tiles() const { return tile_end - tile_begin; }
@@ -108,7 +108,8 @@ struct CtaWork {
   int32_t begin, end;
   int32_t first_request_begin;
   int32_t first_request;
-  Request request;  // the first
+  int32_t row_tiles_before;  // the first request's; counted for batch-invariant calls only
+  Request request;           // the first
 };
 
 // Sums of each warp, while the schedule is made: tiles, row tiles, longest row tile.
@@ -123,7 +124,7 @@ struct RunningMax {
 
 // What the first CTA of a split row tile tells the merge kernel; num_parts is 0 for none.
 struct alignas(16) MergeDescriptor {
-  int32_t num_parts;   // CTAs c, c + 1, ..., c + num_parts - 1 hold one part each
+  int32_t num_parts;   // of which CTAs c, c + 1, ... hold one each, unless batch-invariant
   int32_t num_rows;    // rows of the tile that exist
   int32_t packed_row;  // of its first row: query * num_heads + head over the whole batch
   int32_t unused;
@@ -138,6 +139,9 @@ struct Params {
   int32_t num_kv_indices;
   int32_t batch;
   int32_t requests_per_thread;  // ceil(batch / kThreads)
+  int32_t fixed_split_tiles;    // of a part, in batch-invariant calls; 0 in others
+  int32_t most_row_tiles;       // FixedSplitBound, in batch-invariant calls
+  int32_t most_parts;
   int32_t num_heads;
   int32_t total_queries;
   int32_t num_pages;
@@ -166,10 +170,11 @@ struct Params {
   float* lse;  // [total_queries, num_heads], or null
 
   // Workspace. A CTA leaves at most two partial results: the end of a row tile that began in an
-  // earlier CTA (slot 2c) and the beginning of one that ends in a later CTA (slot 2c + 1).
-  float* partial_out;  // [2 * num_ctas, 512 * row_tile], in the order of accumulator fragments
-  float2* partial_ml;  // [2 * num_ctas, row_tile]: running maximum (base 2) and sum
-  MergeDescriptor* merge_descriptors;  // [num_ctas]
+  // earlier CTA (slot 2c) and the beginning of one that ends in a later CTA (slot 2c + 1). In
+  // batch-invariant calls part p of row tile r has slot r * most_parts + p.
+  float* partial_out;  // [slots, 512 * row_tile], in the order of accumulator fragments
+  float2* partial_ml;  // [slots, row_tile]: running maximum (base 2) and sum
+  MergeDescriptor* merge_descriptors;  // [num_ctas], or [most_row_tiles]
 };
 
 template <typename DType_, int kRowTile_, KvLoader kKvLoader_>

@@ -122,7 +122,7 @@ class BatchMLAPagedAttentionWrapper:
         self._stock_wrappers: dict[str, Any] = {}
         self._stock: Any = None
         # The ETAP kernel's entry points used so far, by (dtype, row tile, loader, cache).
-        self._kernels: dict[tuple[torch.dtype, int, str, str], Callable[..., None]] = {}
+        self._kernels: dict[planning.VariantKey, Callable[..., None]] = {}
 
         self._device_refusal = dispatch.etap_device_refusal(self.device)
         self._is_always_stock = backend in stock.BACKENDS
@@ -176,6 +176,7 @@ class BatchMLAPagedAttentionWrapper:
         use_sinks: bool = False,
         validate: bool | None = None,
         kv_cache_format: KvCacheFormat | None = None,
+        fixed_split_size: int | None = None,
     ) -> None:
         """Take the index tensors and the shape of the problem for the calls of ``run`` that follow.
 
@@ -225,6 +226,15 @@ class BatchMLAPagedAttentionWrapper:
             kpe, given to ``run``; or ``"flashmla_656"``, FlashMLA's 656 bytes a token (512 e4m3
             codes of ckv, four fp32 scales for 128 columns each, 64 bf16 of kpe), which ETAP and
             the reference read. :mod:`etap_flashinfer.quantization` makes both.
+        fixed_split_size : int, optional
+            Not in FlashInfer's signature of this wrapper; named and counted, in pages, as in its
+            others. Makes calls batch-invariant: the bits of a request's output and LSE depend on
+            the request alone, not on the rest of the batch or on the GPU's number of SMs. Requests
+            are cut into parts of so many pages, which must make a multiple of 64 tokens; those
+            of more than 64 parts into parts of a multiple of that. Small parts are faster for
+            few requests and need more workspace; ``plan``, or ``run`` where ``qo_indptr`` is on
+            the GPU, says how much if it is too little. Stock backends refuse it;
+            ``"reference"`` is batch-invariant with and without.
         use_profiler, cum_seq_lens_q, block_tables, seq_lens, max_q_len, output_scale, \
 skip_softmax, use_sinks
             Served by stock FlashInfer only: ``backend="auto"`` turns to it, ``"etap"`` and
@@ -287,12 +297,13 @@ skip_softmax, use_sinks
                 *planning.csr_tensors(index, metadata), page_size, self.device
             )
         if self._is_always_stock:
+            planning.refuse_fixed_split(fixed_split_size, self.backend, self._device_refusal)
             self._plan_stock(index, metadata, problem, options)
             if self._requested_backend == "auto":
                 self._log_stock(self._device_refusal)
             self._is_planned = True
             return
-        checked = planning.checked_problem(problem, kv_cache_format)
+        checked = planning.checked_problem(problem, kv_cache_format, fixed_split_size)
         refusal = planning.refusal_of(
             checked, metadata, options, for_etap=self.backend != "reference"
         )
@@ -305,10 +316,12 @@ skip_softmax, use_sinks
             if self.backend == "etap":
                 # Compiled, if need be, now and not in the first run, perhaps under graph capture.
                 self._kernel(checked, 1 if plan.max_query_len is None else plan.max_query_len)
+                planning.check_fixed_split_workspace(plan, self._workspace)
             self._plan = plan
             if self._requested_backend == "auto" and self.backend == "etap":
                 _log_choice("etap", self.device, "a Hopper GPU and a problem it serves")
         elif self._requested_backend == "auto" and self.backend != "reference":
+            planning.refuse_fixed_split(fixed_split_size, "auto", refusal)
             self._refuse_stock(kv_data_type, kv_cache_format, refusal)
             self._use_stock("fa3" if kv_data_type == torch.float8_e4m3fn else "auto")
             self._plan_stock(index, metadata, problem, options)
@@ -500,14 +513,12 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
             problem.sm_scale,
             lse_base_e,
             *scales,
+            plan.fixed_split_tiles,
         )
 
     def _kernel(self, problem: Problem, query_len: int) -> Callable[..., None]:
         """Entry point of the variant that serves requests of ``query_len`` queries best."""
-        kv_cache = dispatch.KV_CACHE_OF_FORMAT[problem.kv_cache_format]
-        row_tile = dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache)
-        kv_loader = dispatch.choose_kv_loader(problem.page_size)
-        key = (problem.q_data_type, row_tile, kv_loader, kv_cache)
+        key = planning.variant_key(problem, query_len)
         kernel = self._kernels.get(key)
         if kernel is None:
             from . import jit

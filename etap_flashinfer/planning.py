@@ -10,6 +10,8 @@ from .validation import Problem
 
 # qo_indptr, kv_indptr, kv_indices, kv_len_arr
 IndexTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+# dtype, row tile, loader, cache
+VariantKey = tuple[torch.dtype, int, dispatch.KvLoader, dispatch.KvCache]
 
 
 PLAN_DEFAULTS: dict[str, Any] = {
@@ -42,6 +44,12 @@ class Plan:
     total_queries: int | None
     max_query_len: int | None
 
+    @property
+    def fixed_split_tiles(self) -> int:
+        """Token tiles of a part in batch-invariant calls; 0 in others."""
+        pages = self.problem.fixed_split_size
+        return 0 if pages is None else pages * self.problem.page_size // dispatch.TOKEN_TILE
+
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that differ from their defaults."""
@@ -53,7 +61,9 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def checked_problem(arguments: dict[str, Any], kv_cache_format: Any) -> Problem:
+def checked_problem(
+    arguments: dict[str, Any], kv_cache_format: Any, fixed_split_size: Any
+) -> Problem:
     """The arguments of ``plan`` that are not tensors, checked.
 
     Raises
@@ -64,7 +74,9 @@ def checked_problem(arguments: dict[str, Any], kv_cache_format: Any) -> Problem:
     missing = [name for name, value in arguments.items() if value is None]
     if missing:
         raise TypeError(f"plan() is missing {', '.join(missing)}")
-    problem = Problem(**arguments, kv_cache_format=kv_cache_format)
+    problem = Problem(
+        **arguments, kv_cache_format=kv_cache_format, fixed_split_size=fixed_split_size
+    )
     validation.check_problem(problem)
     problem.sm_scale = float(problem.sm_scale)
     problem.kv_cache_format = cache_format.resolve(problem.kv_data_type, kv_cache_format)
@@ -90,6 +102,54 @@ def refusal_of(
         )
     validation.check_reference_dtypes(problem)
     return None
+
+
+def refuse_fixed_split(fixed_split_size: Any, backend: str, reason: str | None) -> None:
+    """Refuse ``fixed_split_size`` with the stock backends, saying why it is not ETAP."""
+    if fixed_split_size is not None:
+        why = "" if reason is None else f" (for ETAP: {reason})"
+        raise ValueError(
+            f"fixed_split_size is {fixed_split_size}, which backend {backend!r} does not take"
+            f"{why}; backends 'etap' and 'reference' do"
+        )
+
+
+def variant_key(problem: Problem, query_len: int) -> VariantKey:
+    """Choose the variant that serves requests of ``query_len`` queries best.
+
+    The row tile of batch-invariant calls is that of one query: other requests' have no say.
+    """
+    if problem.fixed_split_size is not None:
+        query_len = 1
+    kv_cache = dispatch.KV_CACHE_OF_FORMAT[problem.kv_cache_format]
+    return (
+        problem.q_data_type,
+        dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache),
+        dispatch.choose_kv_loader(problem.page_size),
+        kv_cache,
+    )
+
+
+def check_fixed_split_workspace(plan: Plan, workspace: torch.Tensor) -> None:
+    """Check the workspace for a batch-invariant plan, if the queries are known; else the run does.
+
+    It grows with queries, pages and parts, as a captured graph may find them at its replays.
+    """
+    if not plan.fixed_split_tiles or plan.total_queries is None:
+        return
+    from . import jit
+
+    problem = plan.problem
+    module = jit.get_etap_mla_module(jit.EtapMlaVariant(*variant_key(problem, query_len=1)))
+    needed = module.fixed_split_workspace_bytes(
+        plan.total_queries,
+        plan.batch_size,
+        problem.num_heads,
+        plan.index[2].numel(),
+        problem.page_size,
+        plan.fixed_split_tiles,
+    )
+    validation.check_workspace_bytes(workspace, needed)
 
 
 def csr_tensors(index: dict[str, Any], metadata: Any) -> IndexTensors:

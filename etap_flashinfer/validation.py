@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .dispatch import TOKEN_TILE
+
 ALIGNMENT_BYTES = 16
 STRIDE_ELEMENTS = 8
 # The kernel writes its output in pairs of elements.
@@ -34,6 +36,7 @@ class Problem:
     q_data_type: torch.dtype
     kv_data_type: torch.dtype
     kv_cache_format: str | None = None  # of an fp8 cache: see cache_format.KvCacheFormat
+    fixed_split_size: int | None = None  # pages
 
 
 def check_workspace(workspace: Any) -> None:
@@ -86,6 +89,21 @@ def check_problem(problem: Problem) -> None:
         value = getattr(problem, name)
         if not isinstance(value, torch.dtype):
             raise TypeError(f"{name} is {value!r}; it must be a torch.dtype")
+    check_fixed_split_size(problem.fixed_split_size, problem.page_size)
+
+
+def check_fixed_split_size(pages: Any, page_size: int) -> None:
+    """Check that parts are whole token tiles."""
+    if pages is None:
+        return
+    if not isinstance(pages, int) or isinstance(pages, bool):
+        raise TypeError(f"fixed_split_size is {pages!r}; it must be an int or None")
+    if pages < 1 or pages * page_size % TOKEN_TILE:
+        step = TOKEN_TILE // math.gcd(page_size, TOKEN_TILE)
+        raise ValueError(
+            f"fixed_split_size is {pages} pages of {page_size} tokens; it must be a positive "
+            f"multiple of {step} pages: parts are multiples of {TOKEN_TILE} tokens"
+        )
 
 
 def check_reference_dtypes(problem: Problem) -> None:

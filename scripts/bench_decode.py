@@ -11,6 +11,7 @@ a plain copy kernel reads on this GPU. The JSON file is rewritten after every ce
     python scripts/bench_decode.py --grid issue2 issue5
     python scripts/bench_decode.py --batch 1 16 --context 8192 65536 --heads 16 --q-len 1 2
     python scripts/bench_decode.py --batch 16 --context 65536 --kv-cache same fp8
+    python scripts/bench_decode.py --grid fixed-split --peers etap --fixed-split 256 512 2048
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp16"), nargs="+")
     parser.add_argument("--kv-cache", choices=tuple(grid.CACHE_TOKEN_BYTES), nargs="+")
     parser.add_argument("--peers", choices=PEERS, nargs="+", default=list(PEERS))
+    parser.add_argument(
+        "--fixed-split",
+        type=int,
+        nargs="*",
+        default=[256, 2048],
+        metavar="TOKENS",
+        help="time batch-invariant calls, too, with parts of these sizes (default 256 and 2048), "
+        "in the cells of the grid fixed-split",
+    )
     parser.add_argument("--repeats", type=int, default=15, help="graph replays, default 15")
     parser.add_argument("--time-budget", type=float, help="stop cleanly after so many seconds")
     parser.add_argument("--seed", type=int, help="default: a fresh one, printed")
@@ -61,6 +71,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--{next(iter(custom)).replace('_', '-')} needs --batch and --context")
     if options.batch and options.grid:
         parser.error("give either --grid or --batch and --context")
+    if any(size < 1 or size % 64 for size in options.fixed_split):
+        parser.error(f"--fixed-split takes multiples of 64 tokens, got {options.fixed_split}")
     if options.repeats < 3:
         parser.error("--repeats must be at least 3: the figure is a median")
     try:
@@ -103,11 +115,15 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
     import torch
     from decode_bench import inputs as cell_inputs
     from decode_bench import timing
+    from decode_bench.peers import FixedSplitPeer
 
     inputs = pool.inputs(cell, seed)
     captured, left_out = {}, []
+    has_fixed_split = cell in grid.preset("fixed-split")
     for peer in peers:
         if cell.kv_cache not in peer.kv_caches:
+            continue
+        if isinstance(peer, FixedSplitPeer) and not has_fixed_split:
             continue
         reason = peer.refuses(cell)
         if reason is None:
@@ -133,6 +149,16 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
     rounding = rmse([e.to(cell_inputs.DTYPES[cell.dtype]) for e in exact], exact)
     if "etap" not in captured:
         return None, left_out
+    figures = {
+        name: {"us": round(times[name], 3), "rmse": errors[name]}
+        for name in captured
+        if name != "etap"
+    }
+    fixed_split = {
+        str(peer.tokens): figures.pop(peer.name)
+        for peer in peers
+        if isinstance(peer, FixedSplitPeer) and peer.name in figures
+    }
     case = {
         "batch": cell.batch,
         "context": cell.context,
@@ -145,12 +171,10 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
         "gbps": round(inputs.bytes_read / times["etap"] / 1e3, 1),
         "rmse": errors["etap"],
         "rmse_rounding": rounding,
-        "peers": {
-            name: {"us": round(times[name], 3), "rmse": errors[name]}
-            for name in captured
-            if name != "etap"
-        },
+        "peers": figures,
     }
+    if fixed_split:  # by tokens of a part
+        case["fixed_split"] = fixed_split
     if cell.lengths != "equal":
         case["lengths"] = cell.lengths
     return case, left_out
@@ -189,6 +213,8 @@ def run(options: argparse.Namespace) -> int:
     left_out: list[str] = []
     peer_makers.build_modules(options.peers, options.cells, left_out.append)
     peers = peer_makers.make_peers(options.peers, left_out.append)
+    if "etap" in options.peers:
+        peers += peer_makers.make_fixed_split_peers(options.fixed_split)
     for line in left_out:
         print(f"left out: {line}", flush=True)
     sets = [cell_inputs.set_bytes(cell, options.seed) for cell in options.cells]

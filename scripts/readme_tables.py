@@ -88,6 +88,23 @@ def batch_context_table(found: Found) -> str:
     return markdown(["batch x context", *_time_head(peers)], rows) + provenance(decode)
 
 
+def fixed_split_table(found: Found) -> str:
+    """Batch-invariant calls beside others, for each size of parts that was measured."""
+    cases = [case for case in found["decode"]["cases"] if "fixed_split" in case]
+    if not cases:
+        return NOT_MEASURED
+    slowdowns = report.fixed_split_slowdowns(cases)
+    cells = sorted({cell for of_size in slowdowns.values() for cell in of_size})
+    rows = [
+        [f"{batch} x {report.tokens(context)}"]
+        + [report.figure(of_size.get((batch, context)), 2) for of_size in slowdowns.values()]
+        for batch, context in cells
+    ]
+    means = [f"{report.geometric_mean(of_size.values()):.2f}" for of_size in slowdowns.values()]
+    head = ["batch x context", *(f"parts of {size}" for size in slowdowns)]
+    return markdown(head, [*rows, ["geometric mean", *means]]) + provenance(found["decode"])
+
+
 def shapes_table(found: Found) -> str:
     """Every other shape: heads, query lengths, page sizes, fp16, varied lengths."""
     decode = found["decode"]
@@ -269,6 +286,7 @@ EVIDENCE = (
 )
 TABLES = {
     "batch-context": ("decode", batch_context_table),
+    "fixed-split": ("decode", fixed_split_table),
     "shapes": ("decode", shapes_table),
     "fp8": ("decode", fp8_table),
     "validation": ("validation", validation_table),

@@ -357,6 +357,7 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
                 False,
                 1.0,  # the cache's scales: SGLang's fp8 cache is a plain cast
                 1.0,
+                0,  # no fixed split
             )
         return out.view(-1, layer.tp_q_head_num * columns)
 

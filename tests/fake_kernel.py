@@ -30,13 +30,19 @@ class FakeKernel:
     def __init__(self) -> None:
         self.loaded: list[Variant] = []
         self.calls: list[tuple[Variant, tuple[Any, ...]]] = []
+        self.fixed_splits: list[tuple[int, ...]] = []  # whose workspace was asked for
 
     def load(self, variant: Variant) -> SimpleNamespace:
         self.loaded.append(variant)
         return SimpleNamespace(
             run=lambda *arguments: self.calls.append((variant, arguments)),
             workspace_bytes=lambda device_index: WORKSPACE_BYTES,
+            fixed_split_workspace_bytes=self._fixed_split_workspace_bytes,
         )
+
+    def _fixed_split_workspace_bytes(self, *arguments: int) -> int:
+        self.fixed_splits.append(arguments)
+        return WORKSPACE_BYTES + (1 if arguments[-1] == 1 else 0)  # one tile a part: too much
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:

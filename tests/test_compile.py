@@ -64,7 +64,7 @@ def test_aot_module_loads_without_nvcc_and_flashinfer(nvcc, tmp_path):
         "jit.require_hopper = lambda: None\n"
         "module = jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
         "assert module is jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
-        "module.run, module.workspace_bytes\n"
+        "module.run, module.workspace_bytes, module.fixed_split_workspace_bytes\n"
     )
     environment |= {jit.AOT_DIR_ENV: str(tmp_path), "PATH": "", "CUDA_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

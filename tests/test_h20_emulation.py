@@ -127,8 +127,9 @@ class ReferenceModule:
         return 16
 
     def run(self, workspace, *tensors_and_options) -> None:
-        *tensors, out, lse, causal, sm_scale, lse_base_e, ckv_scale, kpe_scale = tensors_and_options
-        assert (lse, causal, lse_base_e, ckv_scale, kpe_scale) == (None, False, False, 1.0, 1.0)
+        *tensors, out, lse, causal, sm_scale, lse_base_e = tensors_and_options[:-3]
+        assert tensors_and_options[-3:] == (1.0, 1.0, 0)  # scales, no fixed split
+        assert (lse, causal, lse_base_e) == (None, False, False)
         result, _ = reference.mla_paged_attention(*tensors, causal, sm_scale)
         out.copy_(result)
         self.calls += 1

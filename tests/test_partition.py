@@ -34,6 +34,27 @@ extern "C" int32_t cta_of(int32_t total, int32_t row_tiles, int32_t longest, int
                           int32_t position) {
   return etap::make_partition(total, row_tiles, longest, num_ctas).cta_of(position);
 }
+extern "C" int32_t part_tiles(int32_t tiles, int32_t split_tiles) {
+  return etap::make_fixed_split(tiles, split_tiles).part_tiles;
+}
+extern "C" int32_t num_parts(int32_t tiles, int32_t split_tiles) {
+  return etap::make_fixed_split(tiles, split_tiles).num_parts();
+}
+extern "C" int32_t first_part_from(int32_t tiles, int32_t split_tiles, int32_t tile) {
+  return etap::make_fixed_split(tiles, split_tiles).first_part_from(tile);
+}
+extern "C" int32_t part_begin(int32_t tiles, int32_t split_tiles, int32_t part) {
+  return etap::make_fixed_split(tiles, split_tiles).begin(part);
+}
+extern "C" int32_t log_merge_shares(int32_t num_parts) { return etap::log_merge_shares(num_parts); }
+extern "C" int32_t bound(int32_t queries, int32_t batch, int32_t heads, int32_t row_tile,
+                         int32_t longest, int32_t split_tiles, int64_t* row_tiles, int64_t* slots) {
+  auto const bound =
+      etap::bound_fixed_split(queries, batch, heads, row_tile, longest, split_tiles);
+  *row_tiles = bound.row_tiles;
+  *slots = bound.slots();
+  return bound.parts;
+}
 extern "C" int32_t add(int32_t a, int32_t b) { return etap::saturating_add(a, b); }
 extern "C" int32_t multiply(int32_t a, int32_t b) { return etap::saturating_multiply(a, b); }
 """
@@ -154,6 +175,120 @@ def test_merging_the_parts_is_exact(partition, lengths, num_ctas, seed):
         np.testing.assert_allclose(
             safe_max + np.log2(total), scores.max() + np.log2(expected.sum()), rtol=1e-12
         )
+
+
+def fixed_walk(partition, requests, split, begin, end):
+    """Parts that a CTA does: row tile number, part, first tile, end; as SegmentWalk does it.
+
+    ``requests`` are (token tiles, row tiles).
+    """
+    parts, line, number, position = [], 0, 0, begin
+    for tiles, row_tiles in requests:
+        for row_tile in range(row_tiles):
+            row_tile_begin = line + row_tile * tiles
+            tile = position - row_tile_begin
+            if not parts and 0 <= tile < tiles:  # a part that begins before is another CTA's
+                tile = partition.part_begin(
+                    tiles, split, partition.first_part_from(tiles, split, tile)
+                )
+            while 0 <= tile < tiles and row_tile_begin + tile < end:
+                part_end = min(tile + partition.part_tiles(tiles, split), tiles)
+                part = partition.first_part_from(tiles, split, tile)
+                parts.append((number + row_tile, part, tile, part_end))
+                tile = part_end
+            position = max(position, min(row_tile_begin + tile, line + row_tiles * tiles))
+        line += tiles * row_tiles
+        number += row_tiles
+    return parts
+
+
+fixed_batches = st.lists(
+    st.tuples(st.integers(0, 30_000), st.integers(0, 9)), min_size=1, max_size=40
+) | st.tuples(st.integers(1, 300), st.integers(0, 20_000), st.integers(1, 3)).map(
+    lambda same: [(same[1], same[2])] * same[0]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    batch=fixed_batches,
+    split=st.sampled_from([1, 2, 3, 4, 8, 32, 1000]),
+    heads=st.sampled_from([1, 6, 8, 16, 24, 33, 64, 100, 128]),
+    num_ctas=st.sampled_from([1, 2, 78, 132]),
+)
+@example(batch=[(65536, 1)] * 16, split=32, heads=16, num_ctas=132)
+@example(batch=[(10_000, 2)], split=1, heads=128, num_ctas=132)
+def test_fixed_parts_are_done_once_and_cut_alike(partition, batch, split, heads, num_ctas):
+    """Lengths and query lengths of requests: every part once, whole, in a slot of its own."""
+    row_tile = next((n for n in (8, 16, 32) if heads <= n), 64)
+    requests = [(token_tiles(length), -(-queries * heads // row_tile)) for length, queries in batch]
+    tiles = [each for each, row_tiles in requests for _ in range(row_tiles)]
+    total, longest = sum(tiles), max(tiles, default=0)
+    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas)
+    done = [
+        fixed_walk(partition, requests, split, begin, end)
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+    parts = [part for of_cta in done for part in of_cta]
+
+    row_tiles, slots = ctypes.c_int64(), ctypes.c_int64()
+    queries, pages_tiles = sum(each for _, each in batch), sum(each for each, _ in requests)
+    outputs = (ctypes.byref(row_tiles), ctypes.byref(slots))
+    most_parts = partition.bound(queries, len(batch), heads, row_tile, pages_tiles, split, *outputs)
+    assert len(tiles) <= row_tiles.value
+    expected = []
+    for number, own in enumerate(tiles):
+        part_tiles = partition.part_tiles(own, split)
+        assert part_tiles % split == 0
+        count = partition.num_parts(own, split)
+        assert count == -(-own // part_tiles) <= most_parts <= 64
+        assert count == 1 or number * most_parts + count <= slots.value
+        if -(-own // split) <= 64:
+            assert part_tiles == split
+        expected += [
+            (number, part, part * part_tiles, min((part + 1) * part_tiles, own))
+            for part in range(count)
+        ]
+    assert parts == expected
+    longest_part = max((end - tile for _, _, tile, end in parts), default=0)
+    for of_cta, begin, end in zip(done, begins, ends, strict=True):
+        load = sum(part_end - tile for _, _, tile, part_end in of_cta)
+        assert load < end - begin + max(longest_part, 1)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "row_tile", "expected"),
+    [
+        (7, 16, 16, 7),
+        (7, 128, 64, 14),
+        (7, 24, 32, 7),
+        (4, 96, 64, 8),
+        (64, 6, 8, 51),
+    ],
+)
+def test_bound_of_row_tiles(partition, queries, heads, row_tile, expected):
+    row_tiles, slots = ctypes.c_int64(), ctypes.c_int64()
+    outputs = (ctypes.byref(row_tiles), ctypes.byref(slots))
+    partition.bound(queries, 3, heads, row_tile, 1000, 10, *outputs)
+    assert row_tiles.value == expected
+    assert slots.value == expected * 64
+    assert partition.bound(queries, 3, heads, row_tile, 1000, 1000, *outputs) == 1
+    assert slots.value == 0  # nothing is split
+
+
+def test_one_load_of_each_warp_reaches_all_parts(partition):
+    for parts in range(1, 65):
+        shares = 2 ** partition.log_merge_shares(parts)
+        assert parts <= 8 * shares
+        assert shares == 1 or parts > 4 * shares
+
+
+@given(tiles=st.integers(1, 2**25), split=st.integers(1, 2**25))
+def test_fixed_parts_of_any_length(partition, tiles, split):
+    part_tiles, parts = partition.part_tiles(tiles, split), partition.num_parts(tiles, split)
+    assert part_tiles % split == 0
+    assert 1 <= parts <= 64
+    assert (parts - 1) * part_tiles < tiles <= parts * part_tiles
 
 
 @given(a=st.integers(0, MAX_TILES), b=st.integers(0, MAX_TILES))

@@ -47,8 +47,8 @@ def test_kernel_gets_its_arguments_in_order(kernel: FakeKernel) -> None:
     assert out.is_contiguous()
     assert lse.shape == (2, 16)
     assert lse.dtype == torch.float32
-    # causal, sm_scale, lse_base_e, ckv_scale, kpe_scale
-    assert scalars == [True, 192**-0.5, True, 1.0, 1.0]
+    # causal, sm_scale, lse_base_e, ckv_scale, kpe_scale, fixed_split_tiles
+    assert scalars == [True, 192**-0.5, True, 1.0, 1.0, 0]
 
 
 def test_without_lse_the_kernel_gets_none(kernel: FakeKernel) -> None:

@@ -210,10 +210,10 @@ def test_kernel_gets_codes_as_bytes_and_two_scales(
     assert (ckv.shape, kpe.shape) == ((8, 64, 512), (8, 64, 64))
     assert ckv.stride() == kpe.stride() == (64 * 576, 576, 1)
     assert (ckv.storage_offset(), kpe.storage_offset()) == (0, 512)
-    assert arguments[-2:] == (0.5, 3.0)
-    assert all(isinstance(scale, float) for scale in arguments[-2:])
+    assert arguments[-3:-1] == (0.5, 3.0)
+    assert all(isinstance(scale, float) for scale in arguments[-3:-1])
     wrapper.run(**inputs)
-    assert kernel.calls[1][1][-2:] == (1.0, 1.0)
+    assert kernel.calls[1][1][-3:-1] == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("backend", ["etap", "auto"])

@@ -90,8 +90,9 @@ def launcher(module: Any, inputs: Inputs) -> RunCall:
     def run(call: int) -> torch.Tensor:
         number = call % inputs.calls
         tensors = (*split_token(inputs.queries[number]), *split_token(inputs.caches[number]))
-        causal, lse_base_e, scales = False, False, (1.0, 1.0)
-        module.run(workspace, *tensors, *index, out, None, causal, SM_SCALE, lse_base_e, *scales)
+        causal, lse_base_e, scales, fixed_split_tiles = False, False, (1.0, 1.0), 0
+        scalars = (causal, SM_SCALE, lse_base_e, *scales, fixed_split_tiles)
+        module.run(workspace, *tensors, *index, out, None, *scalars)
         return out
 
     return run

@@ -181,6 +181,11 @@ def _issue5_grid() -> list[Cell]:
     )
 
 
+def _fixed_split_grid() -> list[Cell]:
+    """Where batch-invariant calls are timed beside others, and the bar for them takes its mean."""
+    return product((1, 4, 16, 64), (1 * K, 8 * K, 64 * K))
+
+
 PRESETS = {
     "quick": lambda: product((1, 16), (1 * K, 8 * K)) + product((16,), (64 * K,)),
     "issue2": _issue2_grid,
@@ -188,6 +193,7 @@ PRESETS = {
     "rows": _rows_grid,
     "pages": lambda: product((1, 16), (8 * K, 64 * K), page_sizes=(1, 16, 64)),
     "varied": _varied_grid,
+    "fixed-split": _fixed_split_grid,
     "issue4": lambda: (
         product(ALL_BATCHES, ALL_CONTEXTS)
         + _varied_grid()

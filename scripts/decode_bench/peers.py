@@ -74,11 +74,16 @@ class WrapperPeer:
     """A ``BatchMLAPagedAttentionWrapper``: ours with "etap", FlashInfer's with "fa2" or "fa3"."""
 
     def __init__(
-        self, name: str, wrapper_class: type, backend: str, kv_caches: tuple[str, ...] = ("same",)
+        self,
+        name: str,
+        wrapper_class: type,
+        backend: str,
+        kv_caches: tuple[str, ...] = ("same",),
+        workspace_bytes: int = WORKSPACE_BYTES,
     ):
         self.name = name
         self.kv_caches = kv_caches
-        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device="cuda")
         self.wrapper = wrapper_class(workspace, backend=backend)
 
     def refuses(self, cell: Cell) -> str | None:
@@ -96,6 +101,20 @@ class WrapperPeer:
         out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device="cuda")
         given = [run_arguments(inputs, call) for call in range(inputs.calls)]
         return lambda call: wrapper.run(*given[call][0], out=out, **given[call][1])
+
+
+class FixedSplitPeer(WrapperPeer):
+    """Ours, batch-invariant, with parts of ``tokens``; for the cells of "fixed-split"."""
+
+    def __init__(self, wrapper_class: type, tokens: int):
+        # 64 parts of 2,056 bytes for each row of 64 queries x 16 heads, and more.
+        name = f"etap_fixed_split_{tokens}"
+        super().__init__(name, wrapper_class, "etap", workspace_bytes=256 << 20)
+        self.tokens = tokens
+
+    def plan(self, inputs: Inputs) -> None:
+        pages = self.tokens // inputs.cell.page_size
+        self.wrapper.plan(*plan_arguments(inputs), fixed_split_size=pages)
 
 
 class FlashMla:
@@ -233,6 +252,14 @@ PEER_MAKERS: dict[str, Callable[[], Peer]] = {
     "flashmla_fp8": FlashMlaFp8,
     "flashinfer_fp8": lambda: _flashinfer("flashinfer_fp8", "fa3", "fp8"),
 }
+
+
+def make_fixed_split_peers(sizes: Sequence[int]) -> list[Peer]:
+    """ETAP, batch-invariant, with parts of each of ``sizes`` tokens."""
+    import etap_flashinfer
+
+    wrapper_class = etap_flashinfer.BatchMLAPagedAttentionWrapper
+    return [FixedSplitPeer(wrapper_class, tokens) for tokens in sizes]
 
 
 def make_peers(names: Sequence[str], report: Callable[[str], None]) -> list[Peer]:

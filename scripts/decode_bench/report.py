@@ -108,6 +108,16 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
+def fixed_split_slowdowns(cases: Sequence[Case]) -> dict[str, dict[tuple[int, int], float]]:
+    """Time of batch-invariant calls over that of others: by size of parts, batch and context."""
+    slowdowns: dict[str, dict[tuple[int, int], float]] = {}
+    for case in cases:
+        for size, found in case.get("fixed_split", {}).items():
+            cells = slowdowns.setdefault(size, {})
+            cells[case["batch"], case["context"]] = found["us"] / case["us"]
+    return slowdowns
+
+
 def _verdict(name: str, holds: bool, text: str) -> str:
     return f"{'MET' if holds else 'MISSED':7} {name}: {text}"
 
@@ -240,7 +250,27 @@ class Verdicts:
             self._speed("up to 64 rows", few, 1.15, 1.0, 1),
             self._speed("128 rows and more", many, 1.0, 1.0, 1),
             self._pages(),
+            self._fixed_split(),
         ]
+
+    def _fixed_split(self) -> str:
+        """Of the sizes of parts, the one with the least mean."""
+        name = "batch-invariant calls"
+        whole = len(preset("fixed-split"))
+        means = {
+            size: geometric_mean(slower.values())
+            for size, slower in fixed_split_slowdowns(self.plain).items()
+            if len(slower) == whole
+        }
+        if not means:
+            return _open(name, f"no size of parts was measured in all {whole} cells")
+        best = min(means, key=means.__getitem__)
+        figures = ", ".join(f"{mean:.3f} with {size}" for size, mean in means.items())
+        text = (
+            f"{means[best]:.3f} times the time of others in geometric mean of {whole} cells, with "
+            f"parts of {best} tokens (bar 1.10; {figures})"
+        )
+        return _verdict(name, means[best] <= 1.1, text)
 
     def _fp8_cell(self, batch: int, context: int, heads: int = 16) -> Case | None:
         for case in self.plain_fp8:

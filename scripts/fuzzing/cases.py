@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 
 DTYPES = ("bf16", "fp16")
@@ -12,6 +13,8 @@ PAGE_SIZES = (1, 1, 2, 3, 5, 8, 16, 24, 32, 48, 64, 64, 64, 96, 100, 128, 256)
 BATCHES = (1, 1, 2, 2, 3, 4, 5, 7, 9, 16, 17, 33)
 LARGE_BATCHES = (64, 133, 200, 400)
 TOKEN_TILE = 64
+# Of 64 parts, each 2,056 bytes a row, fit the fuzzer's workspace of 128 MiB.
+LARGEST_FIXED_SPLIT_ROWS = 1000
 SM_SCALES = (192**-0.5, 192**-0.5, 192**-0.5, 576**-0.5, 1.0, -0.1, 0.0, 30.0, 90.0)
 
 # How pages are given to requests; see tensors.page_table.
@@ -95,6 +98,7 @@ class Case:
     packed: bool  # query and kv_cache in place of four tensors, where the layouts allow it
     lse_base_e: bool
     validate: bool
+    fixed_split_size: int | None  # pages
 
     def describe(self) -> str:
         """The fields that matter most, in one line."""
@@ -104,7 +108,7 @@ class Case:
             f"{self.dtype}/{self.kv_dtype} heads {self.heads} page {self.page_size} "
             f"q_lens {queries} {'causal ' if self.causal else ''}scale {self.sm_scale:.4g} "
             f"logits {self.logits} {self.logit_target:g} 2^{self.ckv_exponent} "
-            f"pages {self.pages} lengths {lengths}"
+            f"pages {self.pages} split {self.fixed_split_size} lengths {lengths}"
         )
 
 
@@ -149,6 +153,15 @@ def _draw_query_lengths(chosen: random.Random, batch: int) -> list[int]:
     return [chosen.choice((0, 1, 1, 1, 2, 3, 4, 7, 9)) for _ in range(batch)]
 
 
+def _draw_fixed_split(
+    chosen: random.Random, page_size: int, heads: int, queries: int
+) -> int | None:
+    """A few parts' size, in pages; None mostly, and where 64 parts of each row take too much."""
+    pages = TOKEN_TILE // math.gcd(page_size, TOKEN_TILE) * chosen.choice((1, 1, 2, 3, 8, 32))
+    rows = queries * (next(n for n in (8, 16, 32, 64, 128) if heads <= n))
+    return pages if chosen.random() < 0.2 and rows <= LARGEST_FIXED_SPLIT_ROWS else None
+
+
 def draw_case(seed: int, number: int, limits: Limits) -> Case:
     """Draw case ``number`` of ``seed``; the same arguments give the same case."""
     chosen = random.Random(f"{seed}/{number}")
@@ -188,6 +201,7 @@ def draw_case(seed: int, number: int, limits: Limits) -> Case:
         packed=chosen.random() < 0.2,
         lse_base_e=chosen.random() < 0.3,
         validate=chosen.random() < 0.05,
+        fixed_split_size=_draw_fixed_split(chosen, page_size, heads, sum(q_lens)),
     )
     # Drawn last, so that the rest of a case is what it was before there was this one.
     if chosen.random() < FLASHMLA_SHARE:

@@ -332,6 +332,7 @@ def call(wrapper: Any, tensors: Tensors) -> None:
         TORCH_DTYPES[case.kv_dtype],
         validate=case.validate,
         **({"kv_cache_format": case.kv_dtype} if case.kv_dtype == "flashmla_656" else {}),
+        fixed_split_size=case.fixed_split_size,
     )
     results = {"out": tensors.out, "lse": tensors.lse, "return_lse": True}
     results["return_lse_base_on_e"] = case.lse_base_e
