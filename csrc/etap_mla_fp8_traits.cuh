@@ -70,7 +70,6 @@ struct EtapMlaFp8Traits {
            (box + kScaleBytes / Boxes::kPerTile + 1);
   }();
   static_assert(kRingBoxes >= 2 * Boxes::kPerTile, "the ring must hold the pair of tiles in work");
-  static constexpr int kLoaderWarps = 1;   // of the TMA loader
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
 

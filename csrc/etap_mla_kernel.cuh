@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_queries<Traits>(params, shared, work);
     } else if constexpr (Traits::kKvLoader == KvLoader::kGather) {
       load_cache_by_gather<Traits>(params, shared, work);
-    } else if (warp < Traits::kLoaderWarps) {
+    } else if (warp == 0) {
       load_cache_by_tma<Traits>(params, ckv_map, kpe_map, shared, work);
     }
   } else {

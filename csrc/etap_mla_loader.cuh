@@ -111,16 +111,17 @@ struct TileByTma {
   // 200 cycles to announce a copy and to issue it, whatever its size, and it does so while the math
   // waits: hence pairs. Pages of fewer than 64 tokens take two copies a pair. Not unrolled: a short
   // request would wait for the instructions.
-  __device__ void copy_as_freed(SharedStorage& shared, int32_t stage, uint32_t parity,
+  __device__ void copy_as_freed(SharedStorage& shared,
+                                RingPosition<Traits::kRingBoxes> const& stage,
                                 TokenPlace const& place, int32_t copies) const {
     int32_t const group = threadIdx.x % 32;
     int32_t const boxes_per_copy = rows_per_copy == kTokenTile ? Traits::kBoxesPerPair : 1;
 #pragma unroll 1
     for (int32_t i = 0; i < Boxes::kPerTile; i += i == 0 ? 1 : Traits::kBoxesPerPair) {
-      int32_t const box = Traits::box_in_order(stage, i);
+      int32_t const box = Traits::box_in_order(stage.index / Boxes::kPerTile, i);
       int32_t const boxes = i == 0 ? 1 : Traits::kBoxesPerPair;
-      int32_t const slot = stage * Boxes::kPerTile + box;
-      Barrier::wait(&shared.box_empty[slot], parity ^ 1);
+      int32_t const slot = stage.index + box;
+      Barrier::wait(&shared.box_empty[slot], stage.parity ^ 1);
       if (group == 0) announce(&shared.box_full[slot], box, copies * boxes);
       __syncwarp();
       if (group >= copies) continue;
@@ -136,20 +137,18 @@ struct TileByTma {
   }
 };
 
-// One warp for all tiles or, where the ring is two stages of a tile each, a warp for each stage.
+// One warp.
 template <class Traits>
 __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_map,
                                   CUtensorMap const& kpe_map,
                                   typename Traits::SharedStorage& shared, CtaWork const& work) {
   int32_t const lane = threadIdx.x % 32;
-  int32_t const warp = threadIdx.x / 32 % 4;
   int32_t const rows_per_copy = params.rows_per_copy;
   int32_t const groups = kTokenTile / rows_per_copy;
   TileByTma<Traits> const tile_copies = {&ckv_map, &kpe_map, rows_per_copy};
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
-  uint32_t tile_number = 0;  // over all segments
   Segment const& segment = walk.segment;
   while (walk.next()) {
     auto place_in = [&](int32_t tile) -> TokenPlace {
@@ -157,23 +156,19 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
       int32_t const token = tile * kTokenTile + lane * rows_per_copy;
       return has_group ? find_token(params, segment.request, token) : TokenPlace{-1, 0};
     };
-    constexpr int32_t kStep = Traits::kLoaderWarps;
-    int32_t const first_tile = segment.tile_begin + (kStep == 2 ? (tile_number ^ warp) & 1 : 0);
-    tile_number += segment.num_tiles();
-    TokenPlace next_place = place_in(first_tile);
-    for (int32_t tile = first_tile; tile < segment.tile_end; tile += kStep) {
+    TokenPlace next_place = place_in(segment.tile_begin);
+    for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
       TokenPlace const place = next_place;
-      next_place = place_in(tile + kStep);
+      next_place = place_in(tile + 1);
       // Groups past the end of the request are not copied: their pages may not exist.
       int32_t const tokens = min(segment.request.kv_len - tile * kTokenTile, kTokenTile);
       int32_t const copies = tokens <= 0 ? 0 : (tokens - 1) / rows_per_copy + 1;
-      if constexpr (kStep == 2) {
-        tile_copies.copy_as_freed(shared, /*stage=*/warp, ring.parity, place, copies);
-        ring.parity ^= 1;
+      if constexpr (Traits::kBoxesPerPair > 0) {
+        tile_copies.copy_as_freed(shared, ring, place, copies);
       } else {
         tile_copies.copy_at_once(shared, ring, place, copies);
-        ring = ring.after(Traits::Boxes::kPerTile);
       }
+      ring = ring.after(Traits::Boxes::kPerTile);
     }
   }
 }

@@ -34,7 +34,6 @@ struct RowsMlaTraits {
   // S is there, the box of kpe may take the low part of P [rows x tokens].
   static constexpr int kStages = kMathWarpgroups;
   static constexpr int kRingBoxes = kStages * kBoxesPerTile;
-  static constexpr int kLoaderWarps = kStages;  // of the TMA loader
 
   // Boxes of S = Q K^T that come before P V of the tile before. None, and the tensor cores idle
   // until that P is there; all, and the boxes of that tile are given back too late.

@@ -229,7 +229,7 @@ def test_kernel_gets_packed_tokens_as_bytes(kernel: FakeKernel, heads: int, back
     for given_pool in arguments[3:5]:
         assert (given_pool.dtype, given_pool.shape) == (torch.uint8, (8, 64, 656))
         assert given_pool.stride() == (80 * 656, 656, 1)
-    assert arguments[-2:] == (1.0, 1.0)
+    assert arguments[-3:] == (1.0, 1.0, 0)
 
 
 @pytest.mark.parametrize(("page_size", "kv_loader"), [(64, "tma"), (1, "gather")])
