@@ -138,5 +138,9 @@ def check_fp8(
     record: Callable[[dict], None] | None = None,
     rmse_bound: float = RMSE_BOUND,
 ) -> None:
-    """Compare with float64 attention on the values of the codes."""
-    check(problem, out, lse, record, rmse_bound)
+    """Compare with float64 attention on the values of the codes.
+
+    With e4m3 codes and one scale, P is one fp16 number; next to an fp16 output that shows.
+    """
+    is_shown = problem.cache_format == "fp8_e4m3" and problem.dtype == torch.float16
+    check(problem, out, lse, record, rmse_bound, 2.0**-11 if is_shown else 0.0)
