@@ -1,12 +1,12 @@
 """Compile and load the ETAP MLA kernels through FlashInfer's JIT.
 
 Every variant of the kernel (dtype, row tile, way of loading the cache, format of the cache) is one
-module. The sources
-under ``csrc`` and a configuration rendered for the variant are copied to FlashInfer's directory of
-generated sources and compiled for sm_90a by :func:`flashinfer.jit.gen_jit_spec`; nothing is ever
-written into the package. The name of a module carries a hash of the sources, so that an upgrade
-never loads a stale build. A library's own hash is noted beside it when its build has ended, and
-nothing is loaded that does not agree with it: a build that was cut off starts anew.
+module. The sources under ``csrc`` and a configuration rendered for the variant are copied to
+FlashInfer's directory of generated sources and compiled for sm_90a by
+:func:`flashinfer.jit.gen_jit_spec`; nothing is ever written into the package. The name of a module
+carries a hash of the sources, so that an upgrade never loads a stale build. A library's own hash is
+noted beside it when its build has ended, and nothing is loaded that does not agree with it: a build
+that was cut off starts anew.
 
 With ``ETAP_FLASHINFER_AOT_DIR`` set to a directory that ``python -m etap_flashinfer.aot`` wrote,
 modules are loaded from there, which needs neither nvcc nor flashinfer.

@@ -121,7 +121,7 @@ class BatchMLAPagedAttentionWrapper:
         # Stock wrappers made so far, by backend, and the one that serves the current plan.
         self._stock_wrappers: dict[str, Any] = {}
         self._stock: Any = None
-        # The ETAP kernel's entry points used so far, by (dtype, row tile, loader, cache).
+        # The ETAP kernel's entry points used so far.
         self._kernels: dict[planning.VariantKey, Callable[..., None]] = {}
 
         self._device_refusal = dispatch.etap_device_refusal(self.device)
@@ -291,13 +291,13 @@ skip_softmax, use_sinks
         self._checked_index = None
         if self._is_always_stock:
             self._refuse_stock(kv_data_type, kv_cache_format, self._device_refusal)
+            planning.refuse_fixed_split(fixed_split_size, self.backend, self._device_refusal)
         has_index = metadata is not None or any(tensor is not None for tensor in index.values())
         if index_values.is_wanted(validate) and (validate or has_index):
             self._checked_index = index_values.check(
                 *planning.csr_tensors(index, metadata), page_size, self.device
             )
         if self._is_always_stock:
-            planning.refuse_fixed_split(fixed_split_size, self.backend, self._device_refusal)
             self._plan_stock(index, metadata, problem, options)
             if self._requested_backend == "auto":
                 self._log_stock(self._device_refusal)

@@ -117,17 +117,13 @@ def refuse_fixed_split(fixed_split_size: Any, backend: str, reason: str | None) 
 def variant_key(problem: Problem, query_len: int) -> VariantKey:
     """Choose the variant that serves requests of ``query_len`` queries best.
 
-    The row tile of batch-invariant calls is that of one query: other requests' have no say. And it
-    is not 64 unless the cache is fp8: that kernel sums a score's columns in an order that depends
-    on which of its two stages a tile comes to.
+    That of batch-invariant calls does not depend on ``query_len``.
     """
     kv_cache = dispatch.KV_CACHE_OF_FORMAT[problem.kv_cache_format]
     if problem.fixed_split_size is None:
         row_tile = dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache)
     else:
-        row_tile = dispatch.choose_row_tile(problem.num_heads, 1, kv_cache)
-        if kv_cache == "same":
-            row_tile = min(row_tile, 32)
+        row_tile = dispatch.choose_batch_invariant_row_tile(problem.num_heads, kv_cache)
     return (
         problem.q_data_type,
         row_tile,

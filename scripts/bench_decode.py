@@ -160,13 +160,7 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
         if isinstance(peer, FixedSplitPeer) and peer.name in figures
     }
     case = {
-        "batch": cell.batch,
-        "context": cell.context,
-        "heads": cell.heads,
-        "q_len": cell.q_len,
-        "page_size": cell.page_size,
-        "dtype": cell.dtype,
-        "kv_dtype": cell.kv_dtype,
+        **cell.as_case(),
         "us": round(times["etap"], 3),
         "gbps": round(inputs.bytes_read / times["etap"] / 1e3, 1),
         "rmse": errors["etap"],

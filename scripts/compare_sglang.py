@@ -315,18 +315,13 @@ def judge_mixed(comparison: Comparison, answers: dict[str, Answers]) -> None:
     """Decode mixed into prefill batches: etap must answer as without."""
     if "etap_mixed" not in answers:
         return
-    found = compared("etap_mixed and etap", answers["etap_mixed"], answers["etap"])
-    if not is_within(found, comparison.among):
-        comparison.problem("etap_mixed and etap differ more than SGLang's backends do")
+    judge_beside_etap("mixed", comparison, answers)
     log_path = comparison.options.work / "server.etap_mixed.log"
     mixed_batches = variants.mixed_batches(log_path.read_text(errors="replace"))
     log(f"etap_mixed: {mixed_batches} mixed batches")
     if not mixed_batches:
         comparison.problem("etap_mixed: no batch was mixed")
-    comparison.found["mixed"] = {
-        "etap_mixed": workload.as_json(found),
-        "mixed_batches": mixed_batches,
-    }
+    comparison.found["mixed"]["mixed_batches"] = mixed_batches
 
 
 def judge_gpus(part: str, comparison: Comparison, answers: dict[str, Answers]) -> None:
@@ -397,6 +392,29 @@ def run_parts(comparison: Comparison) -> None:
             tool.stop()
 
 
+def make_parser(
+    description: str | None,
+    parts: Sequence[str],
+    default_parts: Sequence[str],
+    peers: Sequence[str],
+    seconds: float,
+) -> argparse.ArgumentParser:
+    """The command line of a comparison, whose time budget is ``seconds`` unless one is given."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=parts, default=default_parts)
+    parser.add_argument("--peers", nargs="+", default=peers, help=f"default: {' '.join(peers)}")
+    parser.add_argument("--quick", action="store_true", help="short requests only")
+    parser.add_argument(
+        "--time-budget", type=float, default=seconds, help=f"seconds ({seconds:.0f})"
+    )
+    parser.add_argument("--model", type=pathlib.Path, help="made if not given")
+    parser.add_argument("--work", type=pathlib.Path, help="logs and caches; temporary if not given")
+    parser.add_argument("--out", type=pathlib.Path, help="results/<gpu>/sglang.json")
+    return parser
+
+
 def run(
     options: argparse.Namespace,
     work: Callable[[Comparison], None],
@@ -426,17 +444,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS)
-    parser.add_argument("--peers", nargs="+", default=PEERS, help=f"default: {' '.join(PEERS)}")
-    parser.add_argument("--quick", action="store_true", help="short requests only")
-    parser.add_argument("--time-budget", type=float, default=420.0, help="seconds (420)")
-    parser.add_argument("--model", type=pathlib.Path, help="made if not given")
-    parser.add_argument("--work", type=pathlib.Path, help="logs and caches; temporary if not given")
-    parser.add_argument("--out", type=pathlib.Path, help="results/<gpu>/sglang.json")
-    options = parser.parse_args(arguments)
+    options = make_parser(__doc__, PARTS, DEFAULT_PARTS, PEERS, 420.0).parse_args(arguments)
     return run(options, run_parts, "compare", KEPT)
 
 

@@ -18,9 +18,7 @@ sources, stay.
 
 from __future__ import annotations
 
-import argparse
 import json
-import pathlib
 import sys
 import urllib.request
 
@@ -179,18 +177,8 @@ def compare(comparison: Comparison) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--peers", nargs="+", default=PEERS, help=f"default: {' '.join(PEERS)}")
-    parser.add_argument("--quick", action="store_true", help="agreement on short requests only")
-    parser.add_argument("--time-budget", type=float, default=480.0, help="seconds (480)")
-    parser.add_argument("--model", type=pathlib.Path, help="made if not given")
-    parser.add_argument("--work", type=pathlib.Path, help="logs and caches; temporary if not given")
-    parser.add_argument("--out", type=pathlib.Path, help="results/<gpu>/sglang.json")
-    options = parser.parse_args(arguments)
-    return compare_sglang.run(options, compare, "compare_fp8", PARTS)
+    parser = compare_sglang.make_parser(__doc__, PARTS, PARTS, PEERS, 480.0)
+    return compare_sglang.run(parser.parse_args(arguments), compare, "compare_fp8", PARTS)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def l2_tiles_table(found: Found) -> str:
     """Cycles of a 64-token tile with the data in L2."""
     measured = found.get("l2_tiles")
     if measured is None:
-        return "Not measured yet.\n"
+        return NOT_MEASURED
     rows = roofline.l2_rows(roofline.PRESETS["h200"], measured)
     return markdown(roofline.L2_HEAD, rows) + provenance(measured)
 
@@ -144,7 +144,7 @@ def h20_emulation_table(found: Found) -> str:
     """The H20 emulation at 16 heads, and what it says of the paper."""
     emulated = found.get("h20_emulation")
     if emulated is None:
-        return "Not measured yet.\n"
+        return NOT_MEASURED
     cases = [case for case in emulated["cases"] if case["heads"] == 16]
     cases.sort(key=lambda case: (case["batch"], case["context"]))
     costs = ", ".join(

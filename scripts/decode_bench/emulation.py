@@ -122,13 +122,7 @@ def measure(
         item.graph.replay()
         errors.append(rmse(item.output[requests], exact))
     return {
-        "batch": cell.batch,
-        "context": cell.context,
-        "heads": cell.heads,
-        "q_len": cell.q_len,
-        "page_size": cell.page_size,
-        "dtype": cell.dtype,
-        "kv_dtype": cell.dtype,
+        **cell.as_case(),
         "us": round(times[0], 3),
         "gbps": round(inputs.bytes_read / times[0] / 1e3, 1),
         "rmse": errors[0],

@@ -102,6 +102,18 @@ class Cell:
         """Bytes of a bf16 cache of ``context`` tokens for each request."""
         return self.batch * self.context * TOKEN_BYTES
 
+    def as_case(self) -> dict[str, int | str]:
+        """What a case of the evidence says of its cell."""
+        return {
+            "batch": self.batch,
+            "context": self.context,
+            "heads": self.heads,
+            "q_len": self.q_len,
+            "page_size": self.page_size,
+            "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
+        }
+
     def label(self) -> str:
         """A short name for progress lines and messages."""
         text = (

@@ -126,6 +126,13 @@ def _open(name: str, text: str) -> str:
     return f"{'OPEN':7} {name}: {text}"
 
 
+def _at_most(name: str, ratios: Sequence[float], bar: float) -> str:
+    if not ratios:
+        return _open(name, "not measured")
+    text = f"at most {max(ratios):.3f} over {len(ratios)} cells (bar {bar:.2f})"
+    return _verdict(name, max(ratios) <= bar, text)
+
+
 class Verdicts:
     """The bars of the project, each judged on the measured cases or left open."""
 
@@ -174,8 +181,8 @@ class Verdicts:
         absent = [name for name in BF16_PEERS if not any(name in case["peers"] for case in cases)]
         return f"; without {', '.join(absent)}" if absent else ""
 
-    def _share(self, name: str, share: float) -> str:
-        case = self._plain_cell(16, 64 * K)
+    def _share(self, name: str, case: Case | None, share: float) -> str:
+        """Of the read ceiling, at 16 x 64K."""
         if case is None or not self.ceiling:
             return _open(name, "16 x 64K or the read ceiling was not measured")
         reached = case["gbps"] / self.ceiling
@@ -212,17 +219,10 @@ class Verdicts:
             for case in self.cases
             if case["peers"].get("flashmla", {}).get("rmse")
         ]
-        lines = []
-        for name, ratios, bar in (
-            ("RMSE over rounding alone", rounding, 1.15),
-            ("RMSE over FlashMLA's", against, 1.02),
-        ):
-            if ratios:
-                text = f"at most {max(ratios):.3f} over {len(ratios)} cells (bar {bar})"
-                lines.append(_verdict(name, max(ratios) <= bar, text))
-            else:
-                lines.append(_open(name, "not measured"))
-        return lines
+        return [
+            _at_most("RMSE over rounding alone", rounding, 1.15),
+            _at_most("RMSE over FlashMLA's", against, 1.02),
+        ]
 
     def issue2(self) -> list[str]:
         """Bars of the first end-to-end version."""
@@ -230,7 +230,8 @@ class Verdicts:
         measured = [case for case in long_cells if case is not None]
         name = "batch 16 at 16K, 32K, 64K"
         speed = self._speed(name, measured, None, 1.0, 3)
-        return [speed, self._share("16 x 64K share of the read ceiling", 0.92), *self._accuracy()]
+        share = self._share("16 x 64K share of the read ceiling", long_cells[-1], 0.92)
+        return [speed, share, *self._accuracy()]
 
     def issue4(self) -> list[str]:
         """Bars of the tuned version."""
@@ -241,9 +242,10 @@ class Verdicts:
         other = [c for c in bf16 if (c["heads"], c["q_len"]) != (16, 1) and c["page_size"] == 64]
         few = [case for case in other if case["heads"] * case["q_len"] <= 64]
         many = [case for case in other if case["heads"] * case["q_len"] >= 128]
+        long_cell = self._plain_cell(16, 64 * K)
         return [
             self._speed("batch x context, 16 heads", of_grid, 1.3, 1.0, len(shapes)),
-            self._share("16 x 64K share of the read ceiling, tuned", 0.96),
+            self._share("16 x 64K share of the read ceiling, tuned", long_cell, 0.96),
             self._latency(1, 8 * K, 10.0),
             self._latency(16, 1 * K, 11.5),
             self._speed("varied lengths", varied, None, 1.2, 3),
@@ -286,15 +288,6 @@ class Verdicts:
             return _open(name, f"{len(measured)} of {len(cells)} cells with {peer} were measured")
         return _verdict(name, min(measured) >= bar, f"{min(measured):.3f} (bar {bar:.2f})")
 
-    def _fp8_share(self) -> str:
-        name = "fp8: 16 x 64K share of the read ceiling"
-        case = self._fp8_cell(16, 64 * K)
-        if case is None or not self.ceiling:
-            return _open(name, "16 x 64K or the read ceiling was not measured")
-        reached = case["gbps"] / self.ceiling
-        text = f"{100 * reached:.1f} % of {self.ceiling:.0f} GB/s (bar 90 %)"
-        return _verdict(name, reached >= 0.9, text)
-
     def _fp8_grid(self) -> str:
         name = "fp8: batch x context over FlashMLA fp8"
         cells = [self._fp8_cell(cell.batch, cell.context) for cell in preset("fp8")]
@@ -312,28 +305,21 @@ class Verdicts:
         )
         return _verdict(name, mean >= 1.4 and ratios[worst] >= 1.0, text)
 
-    def _fp8_accuracy(self) -> str:
-        name = "fp8: RMSE over rounding alone"
-        ratios = [case["rmse"] / case["rmse_rounding"] for case in self.fp8]
-        if not ratios:
-            return _open(name, "not measured")
-        text = f"at most {max(ratios):.3f} over {len(ratios)} cells (bar 1.50)"
-        return _verdict(name, max(ratios) <= 1.5, text)
-
     def issue5(self) -> list[str]:
         """Bars of the fp8 cache."""
-        long_cell = [self._fp8_cell(16, 64 * K)]
+        long_cell = self._fp8_cell(16, 64 * K)
+        rounding = [case["rmse"] / case["rmse_rounding"] for case in self.fp8]
         rows_64, rows_128 = (
             [self._fp8_cell(16, k * K, heads) for k in (16, 64)] for heads in (64, 128)
         )
         return [
-            self._against("fp8: 16 x 64K over FlashMLA bf16", long_cell, "flashmla", 1.9),
-            self._against("fp8: 16 x 64K over FlashMLA fp8", long_cell, "flashmla_fp8", 1.5),
-            self._fp8_share(),
+            self._against("fp8: 16 x 64K over FlashMLA bf16", [long_cell], "flashmla", 1.9),
+            self._against("fp8: 16 x 64K over FlashMLA fp8", [long_cell], "flashmla_fp8", 1.5),
+            self._share("fp8: 16 x 64K share of the read ceiling", long_cell, 0.9),
             self._fp8_grid(),
             self._against("fp8: 64 rows over FlashMLA fp8", rows_64, "flashmla_fp8", 1.3),
             self._against("fp8: 128 rows over FlashMLA fp8", rows_128, "flashmla_fp8", 1.0),
-            self._fp8_accuracy(),
+            _at_most("fp8: RMSE over rounding alone", rounding, 1.5),
         ]
 
 

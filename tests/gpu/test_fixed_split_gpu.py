@@ -38,13 +38,12 @@ def make(kind: str, seed: int, *arguments, **options) -> tuple[Problem, Callable
 
 def workspace_bytes(problem: Problem, tokens: int, entries: int | None = None) -> int:
     """What parts of ``tokens`` need, and a call without them."""
-    is_fp8 = bool(problem.plan_options())
-    row_tile = dispatch.choose_row_tile(problem.num_heads, 1)
+    kv_cache = "fp8" if problem.plan_options() else "same"
     variant = jit.EtapMlaVariant(
         problem.dtype,
-        row_tile if is_fp8 else min(row_tile, 32),
+        dispatch.choose_batch_invariant_row_tile(problem.num_heads, kv_cache),
         dispatch.choose_kv_loader(problem.page_size),
-        "fp8" if is_fp8 else "same",
+        kv_cache,
     )
     module = jit.get_etap_mla_module(variant)
     needed = module.fixed_split_workspace_bytes(
