@@ -162,7 +162,7 @@ class FlashMlaScores {
       }
     });
     add_box(Boxes::kCkv - 1, row_scale);
-    thread_.arrive_once_per_warp(&shared_.box_empty[kpe_slot.index], kMathWarpgroups);
+    arrive_once_per_warp(&shared_.box_empty[kpe_slot.index], kMathWarpgroups);
     scores_.mask(params_, segment, tile, thread_);
   }
 

@@ -308,7 +308,7 @@ class Fp8MathWarpgroup {
   __device__ void publish_probabilities() {
     cutlass::arch::fence_view_async_shared();
     bool const is_last_pair = tile_ + kMathWarpgroups >= segment().tile_end;
-    if (is_last_pair) thread_.arrive_once_per_warp(&shared_.query_empty, 1);
+    if (is_last_pair) arrive_once_per_warp(&shared_.query_empty, 1);
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
   }
 
@@ -338,7 +338,7 @@ class Fp8MathWarpgroup {
         [&](int32_t tokens) {
           bool const is_last_of_box = tokens % 2 == 1;
           if (is_last_of_box) {
-            thread_.arrive_once_per_warp(&shared_.box_empty[value_slot(tokens).index], 1);
+            arrive_once_per_warp(&shared_.box_empty[value_slot(tokens).index], 1);
           }
         },
         [](int32_t) {});

@@ -29,18 +29,13 @@ struct TileScores {
   __device__ void mask(Params const& params, Segment const& segment, int32_t tile,
                        Fp8Thread const& thread) {
     Request const& request = segment.request;
-    auto visible_tokens = [&](int32_t packed_row) {
-      if (!params.causal) return request.kv_len;
-      int32_t const query = params.divide_by_heads.div(packed_row);
-      return min(request.kv_len - request.query_len + query + 1, request.kv_len);
-    };
     int32_t const first_token = tile * kTokenTile;
-    if (first_token + kTokenTile <= visible_tokens(segment.row_begin)) return;
+    if (first_token + kTokenTile <= visible_tokens(params, request, segment.row_begin)) return;
 
     int32_t const token = first_token + thread.token();
 #pragma unroll
     for (int32_t i = 0; i < Traits::kRowsPerThread; ++i) {
-      int32_t const visible = visible_tokens(segment.row_begin + thread.row(i));
+      int32_t const visible = visible_tokens(params, request, segment.row_begin + thread.row(i));
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
         if (token + 8 * half >= visible) (*this)(i, half) = -INFINITY;
@@ -99,7 +94,7 @@ class Fp8Scores {
     }
     warpgroup_fence_operand(scores);
     if constexpr (kHasKpeScores) warpgroup_fence_operand(kpe_scores_);
-    thread_.arrive_once_per_warp(&shared_.box_empty[kpe_slot.index], kMathWarpgroups);
+    arrive_once_per_warp(&shared_.box_empty[kpe_slot.index], kMathWarpgroups);
     if constexpr (kHasKpeScores) {
 #pragma unroll
       for (int32_t i = 0; i < size(scores); ++i) {

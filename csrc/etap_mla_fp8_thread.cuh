@@ -5,8 +5,6 @@
  */
 #pragma once
 
-#include <cuda/ptx>
-
 #include "etap_mla_traits.cuh"
 
 namespace etap {
@@ -32,14 +30,6 @@ struct Fp8Thread {
     int32_t result = lane;
     asm volatile("" : "+r"(result));
     return result;
-  }
-
-  __device__ void arrive_once_per_warp(uint64_t* barrier, uint32_t count) const {
-    __syncwarp();
-    if (lane == 0) {
-      cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
-                                 cuda::ptx::space_shared, barrier, count);
-    }
   }
 
   // Combines the values of each row over the lanes that see it, which are 4, 8 and 16 apart, and

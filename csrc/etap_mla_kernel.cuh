@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&ckv_map));
     prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&kpe_map));
   }
+  prefetch_index_tensors(params);
   // So far this may have run beside the end of the kernel before; from here on its results count.
   cudaGridDependencySynchronize();
   // The merge kernel's CTAs may take their places as ours leave; they wait for our results.
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_queries<Traits>(params, shared, work);
     } else if constexpr (Traits::kKvLoader == KvLoader::kGather) {
       load_cache_by_gather<Traits>(params, shared, work);
-    } else if (warp == 0) {
+    } else {
       load_cache_by_tma<Traits>(params, ckv_map, kpe_map, shared, work);
     }
   } else {

@@ -7,6 +7,7 @@
 
 #include <cutlass/arch/memory_sm80.h>
 
+#include <cuda/ptx>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "etap_mla_schedule.cuh"
@@ -15,6 +16,14 @@ namespace etap {
 
 using Barrier = cutlass::arch::ClusterBarrier;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
+
+// One arrival for the 32 threads of a warp, counted as `count`.
+__device__ __forceinline__ void arrive_once_per_warp(uint64_t* barrier, uint32_t count) {
+  __syncwarp();
+  if (threadIdx.x % 32 != 0) return;
+  cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
+                             barrier, count);
+}
 
 // A place in the ring of boxes and the parity of the lap it belongs to.
 template <int kRingBoxes>
@@ -56,6 +65,7 @@ struct TileByTma {
   using SharedStorage = typename Traits::SharedStorage;
   CUtensorMap const *ckv_map, *kpe_map;
   int32_t rows_per_copy;
+  int32_t warp;  // of the two that share the copies of a tile
 
   static constexpr bool kIsFlashMla = Traits::kKvCache == KvCache::kFp8FlashMla;
 
@@ -88,38 +98,38 @@ struct TileByTma {
     }
   }
 
-  // Lane b copies box b, once there is room for all boxes: a token's boxes share a DRAM page.
+  // Lane b copies box b, once there is room for all boxes: a token's boxes share a DRAM page. Where
+  // a box takes several copies, the warps take turns; the first announces them all.
   __device__ void copy_at_once(SharedStorage& shared, RingPosition<Traits::kRingBoxes> const& ring,
                                TokenPlace const& place, int32_t copies) const {
     int32_t const box = threadIdx.x % 32;
+    bool const has_box = box < Boxes::kPerTile;
     auto const slot = ring.after(box % Boxes::kPerTile);
-    for (int32_t group = 0; group < max(copies, 1); ++group) {
+    if (has_box) Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
+    __syncwarp();
+    if (has_box && warp == 0) announce(&shared.box_full[slot.index], box, copies);
+    for (int32_t group = warp; group < copies; group += kTmaWarps) {
       TokenPlace const group_place = {__shfl_sync(0xffffffff, place.page, group),
                                       __shfl_sync(0xffffffff, place.row, group)};
-      if (box >= Boxes::kPerTile) continue;
-      if (group == 0) {
-        Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
-        __syncwarp((1 << Boxes::kPerTile) - 1);
-        announce(&shared.box_full[slot.index], box, copies);
-        if (copies == 0) break;
-      }
-      copy_group(shared, slot.index, box, group, group_place);
+      if (has_box) copy_group(shared, slot.index, box, group, group_place);
     }
   }
 
-  // The boxes of a stage as soon as there is room for them: kpe, then pairs of ckv's. A warp takes
-  // 200 cycles to announce a copy and to issue it, whatever its size, and it does so while the math
-  // waits: hence pairs. Pages of fewer than 64 tokens take two copies a pair. Not unrolled: a short
-  // request would wait for the instructions.
+  // The boxes of a stage as soon as there is room for them: kpe, then pairs of ckv's; the warps
+  // take turns. A warp takes 200 cycles to announce a copy and to issue it, whatever its size, and
+  // it does so while the math waits: hence pairs. Pages of fewer than 64 tokens take two copies a
+  // pair. Not unrolled: a short request would wait for the instructions.
   __device__ void copy_as_freed(SharedStorage& shared,
                                 RingPosition<Traits::kRingBoxes> const& stage,
                                 TokenPlace const& place, int32_t copies) const {
     int32_t const group = threadIdx.x % 32;
     int32_t const boxes_per_copy = rows_per_copy == kTokenTile ? Traits::kBoxesPerPair : 1;
 #pragma unroll 1
-    for (int32_t i = 0; i < Boxes::kPerTile; i += i == 0 ? 1 : Traits::kBoxesPerPair) {
-      int32_t const box = Traits::box_in_order(stage.index / Boxes::kPerTile, i);
-      int32_t const boxes = i == 0 ? 1 : Traits::kBoxesPerPair;
+    for (int32_t pair = warp; pair <= kCkvBoxes / Traits::kBoxesPerPair; pair += kTmaWarps) {
+      bool const is_kpe = pair == 0;
+      int32_t const box = Traits::box_in_order(stage.index / Boxes::kPerTile,
+                                               is_kpe ? 0 : Traits::kBoxesPerPair * (pair - 1) + 1);
+      int32_t const boxes = is_kpe ? 1 : Traits::kBoxesPerPair;
       int32_t const slot = stage.index + box;
       Barrier::wait(&shared.box_empty[slot], stage.parity ^ 1);
       if (group == 0) announce(&shared.box_full[slot], box, copies * boxes);
@@ -128,16 +138,16 @@ struct TileByTma {
 #pragma unroll 1
       for (int32_t j = 0; j < boxes; j += boxes_per_copy) {
         SM90_TMA_LOAD_4D::copy(
-            i == 0 ? kpe_map : ckv_map, &shared.box_full[slot],
+            is_kpe ? kpe_map : ckv_map, &shared.box_full[slot],
             static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
             &shared.ring[(slot + j) * Boxes::kElements + group * rows_per_copy * columns(box)], 0,
-            place.row, i == 0 ? 0 : box - 1 + j, place.page);
+            place.row, is_kpe ? 0 : box - 1 + j, place.page);
       }
     }
   }
 };
 
-// One warp.
+// Two warps.
 template <class Traits>
 __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_map,
                                   CUtensorMap const& kpe_map,
@@ -145,7 +155,8 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
   int32_t const lane = threadIdx.x % 32;
   int32_t const rows_per_copy = params.rows_per_copy;
   int32_t const groups = kTokenTile / rows_per_copy;
-  TileByTma<Traits> const tile_copies = {&ckv_map, &kpe_map, rows_per_copy};
+  TileByTma<Traits> const tile_copies = {&ckv_map, &kpe_map, rows_per_copy,
+                                         int32_t(threadIdx.x) / 32 % kTmaWarps};
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;

@@ -13,7 +13,6 @@
  */
 #pragma once
 
-#include <cuda/ptx>
 #include <cute/arch/copy_sm90.hpp>
 
 #include "etap_mla_loader.cuh"
@@ -135,18 +134,13 @@ class MathWarpgroup {
 
   __device__ void mask_scores() {
     Request const& request = segment().request;
-    auto visible_tokens = [&](int32_t packed_row) {
-      if (!params_.causal) return request.kv_len;
-      int32_t const query = params_.divide_by_heads.div(packed_row);
-      return min(request.kv_len - request.query_len + query + 1, request.kv_len);
-    };
     int32_t const first_token = tile_ * kTokenTile;
-    if (first_token + kTokenTile <= visible_tokens(segment().row_begin)) return;
+    if (first_token + kTokenTile <= visible_tokens(params_, request, segment().row_begin)) return;
 
     int32_t const token = first_token + warp_ * 16 + lane_ / 4;
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
-      int32_t const visible = visible_tokens(segment().row_begin + row(i));
+      int32_t const visible = visible_tokens(params_, request, segment().row_begin + row(i));
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
         if (token + 8 * half >= visible) score(i, half) = -INFINITY;
@@ -311,14 +305,6 @@ class MathWarpgroup {
     cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kWarpgroupBarrier + warpgroup_);
   }
 
-  __device__ void arrive_once_per_warp(uint64_t* barrier, uint32_t count) const {
-    __syncwarp();
-    if (lane_ == 0) {
-      cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
-                                 cuda::ptx::space_shared, barrier, count);
-    }
-  }
-
   // O^T[half g of d_v] += V^T P^T. Box 2 b + g of ckv belongs to warpgroup g.
   __device__ void accumulate_output() {
     if (splits_probability()) {
@@ -422,19 +408,28 @@ class MathWarpgroup {
     return fragment;
   }
 
+  // A warp has 16 columns of each box: 8 rows of two boxes are one store of 16 bytes a lane.
   __device__ void write_output() {
+    int32_t const box_of_lane = lane_ % 4 / 2, half_of_lane = lane_ % 2;
 #pragma unroll
     for (int32_t block = 0; block < kRowBlocks; ++block) {
       float const scale_0 = normalizer(total_sum(row(2 * block)));
       float const scale_1 = normalizer(total_sum(row(2 * block + 1)));
       int32_t const row_of_lane = block * 8 + lane_ / 4;
       bool const exists = row_of_lane < segment().num_rows;
-      DType* const out_row =
-          output_row<DType>(params_, segment().packed_row + (exists ? row_of_lane : 0));
+      DType* const out =
+          output_row<DType>(params_, segment().packed_row + (exists ? row_of_lane : 0)) +
+          warp_ * 16 + half_of_lane * 8;
 #pragma unroll
-      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-        int32_t const column = (2 * box + warpgroup_) * kBoxColumns + warp_ * 16;
-        store_fragment(output_fragment(box, block), scale_0, scale_1, out_row, column, exists);
+      for (int32_t box = 0; box < kBoxesPerWarpgroup; box += 2) {
+        uint2 const first =
+            transpose_fragment<DType>(output_fragment(box, block), scale_0, scale_1);
+        uint2 const second =
+            transpose_fragment<DType>(output_fragment(box + 1, block), scale_0, scale_1);
+        uint32_t words[4] = {first.x, first.y, second.x, second.y};
+        transpose_over_quad(words);
+        int32_t const column = (2 * (box + box_of_lane) + warpgroup_) * kBoxColumns;
+        store_words(words, out + column, exists);
       }
     }
   }

@@ -7,8 +7,9 @@
  *
  * A unit is one accumulator fragment of a warp (16 columns of d_v x 8 rows). The warps of a CTA
  * take a unit each or, with warps to spare, share the parts of a unit, each with an M of its own
- * until the shares are added. Whatever a warp needs it finds by itself: this kernel is nothing but
- * latency, two trips to memory (descriptors; parts) and, for shares, one barrier.
+ * until the shares are added; with more units than warps, a warp takes a box of four side by side.
+ * Whatever a warp needs it finds by itself: this kernel is nothing but latency, two trips to memory
+ * (descriptors; parts) and, for shares, one barrier.
  *
  * In batch-invariant calls the number of shares, and so the order of all sums, depends on the
  * number of parts alone; where there are more warps than shares, some have nothing to do.
@@ -24,25 +25,48 @@ constexpr int kMergeThreads = kMergeWarps * 32;
 constexpr int kMergeCtasPerSm = 2;
 constexpr int kMaxCtas = 160;  // of the attention kernel: one an SM, of which Hopper has 144
 
-// Some parts of 8 rows joined. A lane has two rows, 2 * (lane % 4) and the next.
+// Some parts of kUnits neighbouring units joined. A lane has two rows, 2 * (lane % 4) and the next.
+template <int kUnits>
 struct JoinedParts {
-  float4 sum;  // columns lane / 4 and lane / 4 + 8: (d, row), (d, row + 1), (d + 8, row), ...
+  // Columns lane / 4 and lane / 4 + 8 of each unit: (d, row), (d, row + 1), (d + 8, row), ...
+  float4 sum[kUnits];
   float2 max, total;
 
   __device__ static JoinedParts none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
 
   __device__ void rescale(float2 new_max) {
     float const f0 = rescale_factor(max.x, new_max.x), f1 = rescale_factor(max.y, new_max.y);
-    sum = {sum.x * f0, sum.y * f1, sum.z * f0, sum.w * f1};
+#pragma unroll
+    for (float4& s : sum) s = {s.x * f0, s.y * f1, s.z * f0, s.w * f1};
     total = {total.x * f0, total.y * f1};
     max = new_max;
+  }
+
+  // Of one that is relative to another maximum.
+  __device__ void add_scaled(JoinedParts const& other) {
+    float const f0 = rescale_factor(other.max.x, max.x), f1 = rescale_factor(other.max.y, max.y);
+#pragma unroll
+    for (int32_t i = 0; i < kUnits; ++i) {
+      sum[i].x += f0 * other.sum[i].x;
+      sum[i].y += f1 * other.sum[i].y;
+      sum[i].z += f0 * other.sum[i].z;
+      sum[i].w += f1 * other.sum[i].w;
+    }
+    total.x += f0 * other.total.x;
+    total.y += f1 * other.total.y;
   }
 
   __device__ void add(JoinedParts other) {
     float2 const new_max = {fmaxf(max.x, other.max.x), fmaxf(max.y, other.max.y)};
     rescale(new_max);
     other.rescale(new_max);
-    sum = {sum.x + other.sum.x, sum.y + other.sum.y, sum.z + other.sum.z, sum.w + other.sum.w};
+#pragma unroll
+    for (int32_t i = 0; i < kUnits; ++i) {
+      sum[i].x += other.sum[i].x;
+      sum[i].y += other.sum[i].y;
+      sum[i].z += other.sum[i].z;
+      sum[i].w += other.sum[i].w;
+    }
     total = {total.x + other.total.x, total.y + other.total.y};
   }
 };
@@ -55,12 +79,14 @@ class Merge {
   static constexpr int kUnitsPerBlock = kCkvBoxes * 4;  // of 8 rows: boxes x warps of a warpgroup
   static constexpr int kUnitsPerRowTile = kRowBlocks * kUnitsPerBlock;
   static constexpr int kPartsInFlight = 8;
+  static constexpr int kUnitsOfBox = 4;  // side by side: 64 columns
+  static constexpr int kPartsInFlightOfBox = 3;
   static constexpr int kDescriptorsPerLane = kMaxCtas / 32;
   static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
 
  public:
   struct SharedStorage {
-    JoinedParts shares[kMergeWarps][32];
+    JoinedParts<1> shares[kMergeWarps][32];
   };
 
   __device__ Merge(Params const& params, SharedStorage& shared)
@@ -82,11 +108,16 @@ class Merge {
 
   // Of the descriptors from first_descriptor_ on, as many as a warp keeps.
   __device__ void join_row_tiles(int32_t num_descriptors, bool is_rehearsal) {
-    int32_t const num_units = load_descriptors(num_descriptors) * kUnitsPerRowTile;
+    int32_t const split_row_tiles = load_descriptors(num_descriptors);
+    int32_t const num_units = split_row_tiles * kUnitsPerRowTile;
     // Units that a CTA joins at once: the fewest that leave none to a second round.
     int32_t const most_log_units = is_batch_invariant() ? 3 - log_merge_shares(most_parts()) : 3;
     int32_t log_units = 0;
     while (log_units < most_log_units && num_units > int32_t(gridDim.x) << log_units) ++log_units;
+    if (num_units > int32_t(gridDim.x) * kMergeWarps && !is_batch_invariant()) {
+      join_boxes(split_row_tiles * (kUnitsPerRowTile / kUnitsOfBox));
+      return;
+    }
     int32_t first = blockIdx.x << log_units;
     int32_t const end = is_rehearsal ? first + 1 : num_units;
     for (; first < end; first += gridDim.x << log_units) {
@@ -155,20 +186,64 @@ class Merge {
     int32_t const num_shares = is_batch_invariant() ? 1 << log_merge_shares(descriptor.num_parts)
                                                     : kMergeWarps >> log_units;
 
-    JoinedParts joined = JoinedParts::none();
+    auto joined = JoinedParts<1>::none();
     int32_t const first_part = share < num_shares ? share : descriptor.num_parts;
     for (int32_t part = first_part; part < descriptor.num_parts;
          part += kPartsInFlight * num_shares) {
-      join_parts(joined, descriptor.num_parts, slots_of(number), part, num_shares,
-                 partial_index<kRowTile>(0, box, row_block, fragment_warp, lane_),
-                 row_block * 8 + 2 * (lane_ % 4));
+      join_parts<kPartsInFlight>(joined, descriptor.num_parts, slots_of(number), part, num_shares,
+                                 partial_index<kRowTile>(0, box, row_block, fragment_warp, lane_),
+                                 row_block * 8 + 2 * (lane_ % 4));
     }
     bool const has_other_warps = log_units < 3;
     if (has_other_warps) add_shares(joined, share, num_shares, log_units);
     if (share == 0) {
-      write_output(joined, descriptor, row_block, box * kBoxColumns + fragment_warp * 16);
+      uint2 const words = transpose_fragment<DType>(fragment(joined, 0), normalizer(joined.total.x),
+                                                    normalizer(joined.total.y));
+      int32_t const row = row_block * 8 + lane_ / 4;
+      if (row < descriptor.num_rows) {
+        DType* const out = output_row<DType>(params_, descriptor.packed_row + row) +
+                           box * kBoxColumns + fragment_warp * 16 + 2 * (lane_ % 4);
+        *reinterpret_cast<uint32_t*>(out) = words.x;
+        *reinterpret_cast<uint32_t*>(out + 8) = words.y;
+      }
+      if (box == 0 && fragment_warp == 0) write_lse(joined, descriptor, row_block);
     }
     if (has_other_warps) __syncthreads();  // the next units use the same shared memory
+  }
+
+  // Each warp takes boxes of four units, with all parts.
+  __device__ void join_boxes(int32_t num_boxes) {
+    int32_t box = warp_ * gridDim.x + blockIdx.x;
+#pragma unroll 1
+    for (; box < num_boxes; box += gridDim.x * kMergeWarps) join_box(box);
+  }
+
+  // Boxes are numbered as units are.
+  __device__ void join_box(int32_t number_of_box) {
+    int32_t const box = number_of_box % kCkvBoxes;
+    int32_t const row_block = number_of_box / kCkvBoxes % kRowBlocks;
+    auto const [descriptor, number] =
+        find_split_row_tile(number_of_box / (kUnitsPerRowTile / kUnitsOfBox));
+    auto joined = JoinedParts<kUnitsOfBox>::none();
+    for (int32_t part = 0; part < descriptor.num_parts; part += kPartsInFlightOfBox) {
+      join_parts<kPartsInFlightOfBox>(joined, descriptor.num_parts, slots_of(number), part, 1,
+                                      partial_index<kRowTile>(0, box, row_block, 0, lane_),
+                                      row_block * 8 + 2 * (lane_ % 4));
+    }
+    int32_t const row = row_block * 8 + lane_ / 4;
+    bool const exists = row < descriptor.num_rows;
+    DType* const out = output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0)) +
+                       box * kBoxColumns + lane_ % 4 * 8;
+    float const scale_0 = normalizer(joined.total.x), scale_1 = normalizer(joined.total.y);
+#pragma unroll
+    for (int32_t unit = 0; unit < kUnitsOfBox; unit += 2) {
+      uint2 const first = transpose_fragment<DType>(fragment(joined, unit), scale_0, scale_1);
+      uint2 const second = transpose_fragment<DType>(fragment(joined, unit + 1), scale_0, scale_1);
+      uint32_t words[4] = {first.x, first.y, second.x, second.y};
+      transpose_over_quad(words);
+      store_words(words, out + unit * 16, exists);
+    }
+    if (box == 0) write_lse(joined, descriptor, row_block);
   }
 
   // The parts' slots. Of a row tile that begins in CTA `number`, the beginning lies in that CTA's
@@ -186,18 +261,22 @@ class Merge {
                                 : PartSlots{2 * number, 2};
   }
 
-  // Adds parts first_part, + stride, ..., kPartsInFlight of them or as many as there are.
-  __device__ void join_parts(JoinedParts& joined, int32_t num_parts, PartSlots const& slots,
+  // Adds parts first_part, + stride, ..., kInFlight of them or as many as there are.
+  template <int kInFlight, int kUnits>
+  __device__ void join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
                              int32_t first_part, int32_t stride, int32_t index, int32_t row) {
-    JoinedParts parts[kPartsInFlight];
+    JoinedParts<kUnits> parts[kInFlight];
 #pragma unroll
-    for (int32_t i = 0; i < kPartsInFlight; ++i) {
-      parts[i] = JoinedParts::none();
+    for (int32_t i = 0; i < kInFlight; ++i) {
+      parts[i] = JoinedParts<kUnits>::none();
       int32_t const part = first_part + i * stride;
       if (part >= num_parts) continue;
       int32_t const slot = slots[part];
-      parts[i].sum = *reinterpret_cast<float4 const*>(params_.partial_out +
-                                                      slot * (kHeadDimCkv * kRowTile) + index);
+      float const* const source = params_.partial_out + slot * (kHeadDimCkv * kRowTile) + index;
+#pragma unroll
+      for (int32_t unit = 0; unit < kUnits; ++unit) {
+        parts[i].sum[unit] = *reinterpret_cast<float4 const*>(source + unit * 32 * 4);
+      }
       float4 const ml =
           *reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row);
       parts[i].max = {ml.x, ml.z};
@@ -205,25 +284,16 @@ class Merge {
     }
     float2 new_max = joined.max;
 #pragma unroll
-    for (int32_t i = 0; i < kPartsInFlight; ++i) {
+    for (int32_t i = 0; i < kInFlight; ++i) {
       new_max = {fmaxf(new_max.x, parts[i].max.x), fmaxf(new_max.y, parts[i].max.y)};
     }
     joined.rescale(new_max);
 #pragma unroll
-    for (int32_t i = 0; i < kPartsInFlight; ++i) {
-      float const f0 = rescale_factor(parts[i].max.x, new_max.x);
-      float const f1 = rescale_factor(parts[i].max.y, new_max.y);
-      joined.sum.x += f0 * parts[i].sum.x;
-      joined.sum.y += f1 * parts[i].sum.y;
-      joined.sum.z += f0 * parts[i].sum.z;
-      joined.sum.w += f1 * parts[i].sum.w;
-      joined.total.x += f0 * parts[i].total.x;
-      joined.total.y += f1 * parts[i].total.y;
-    }
+    for (int32_t i = 0; i < kInFlight; ++i) joined.add_scaled(parts[i]);
   }
 
   // Adds what the warps of the same unit have, in the order of their shares.
-  __device__ void add_shares(JoinedParts& joined, int32_t share, int32_t num_shares,
+  __device__ void add_shares(JoinedParts<1>& joined, int32_t share, int32_t num_shares,
                              int32_t log_units) {
     shared_.shares[warp_][lane_] = joined;
     __syncthreads();
@@ -234,19 +304,20 @@ class Merge {
     }
   }
 
-  __device__ void write_output(JoinedParts const& joined, MergeDescriptor const& descriptor,
-                               int32_t row_block, int32_t column) const {
-    int32_t const row = row_block * 8 + lane_ / 4;
-    bool const exists = row < descriptor.num_rows;
-    DType* const out_row = output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0));
-    float const scale_0 = normalizer(joined.total.x), scale_1 = normalizer(joined.total.y);
-    store_fragment({{joined.sum.x, joined.sum.y, joined.sum.z, joined.sum.w}}, scale_0, scale_1,
-                   out_row, column, exists);
-    if (column != 0 || lane_ >= 4 || params_.lse == nullptr) return;
-    int32_t const lse_row = row_block * 8 + 2 * lane_;
-    float* const lse = params_.lse + descriptor.packed_row + lse_row;
-    if (lse_row < descriptor.num_rows) lse[0] = log_sum_exp(params_, joined.max.x, joined.total.x);
-    if (lse_row + 1 < descriptor.num_rows) {
+  template <int kUnits>
+  __device__ static OutputFragment fragment(JoinedParts<kUnits> const& joined, int32_t unit) {
+    float4 const sum = joined.sum[unit];
+    return {{sum.x, sum.y, sum.z, sum.w}};
+  }
+
+  template <int kUnits>
+  __device__ void write_lse(JoinedParts<kUnits> const& joined, MergeDescriptor const& descriptor,
+                            int32_t row_block) const {
+    if (lane_ >= 4 || params_.lse == nullptr) return;
+    int32_t const row = row_block * 8 + 2 * lane_;
+    float* const lse = params_.lse + descriptor.packed_row + row;
+    if (row < descriptor.num_rows) lse[0] = log_sum_exp(params_, joined.max.x, joined.total.x);
+    if (row + 1 < descriptor.num_rows) {
       lse[1] = log_sum_exp(params_, joined.max.y, joined.total.y);
     }
   }

@@ -6,6 +6,7 @@
  */
 #pragma once
 
+#include <cutlass/arch/memory.h>
 #include <cutlass/numeric_conversion.h>
 
 #include <cute/arch/copy_sm75.hpp>
@@ -45,24 +46,37 @@ __device__ __forceinline__ DType* output_row(Params const& params, int32_t packe
          head * params.out_stride_head;
 }
 
-// Writes a fragment whose first column is `column`. The transposition of 8 x 8 values takes one
-// instruction a half; afterwards a thread owns two neighbouring columns of row lane / 4, whose
-// address is `row` (ignored unless row_exists). Called by whole warps.
+// A fragment by rows, which takes one instruction a half: columns 2 * (lane % 4), and the next, of
+// row lane / 4, and the same of the 8 columns behind.
 template <typename DType>
-__device__ __forceinline__ void store_fragment(OutputFragment const& fragment, float scale_row_0,
-                                               float scale_row_1, DType* row, int32_t column,
-                                               bool row_exists) {
-  int32_t const lane = threadIdx.x % 32;
-#pragma unroll
-  for (int32_t half = 0; half < 2; ++half) {
-    uint32_t const by_column = pack<DType>(fragment.value[2 * half] * scale_row_0,
-                                           fragment.value[2 * half + 1] * scale_row_1);
-    uint32_t by_row;
-    SM75_U32x1_MOVM_T::copy(by_column, by_row);
-    if (row_exists) {
-      *reinterpret_cast<uint32_t*>(row + column + 8 * half + 2 * (lane % 4)) = by_row;
-    }
-  }
+__device__ __forceinline__ uint2 transpose_fragment(OutputFragment const& fragment,
+                                                    float scale_row_0, float scale_row_1) {
+  float const* const value = fragment.value;
+  uint2 by_row;
+  SM75_U32x1_MOVM_T::copy(pack<DType>(value[0] * scale_row_0, value[1] * scale_row_1), by_row.x);
+  SM75_U32x1_MOVM_T::copy(pack<DType>(value[2] * scale_row_0, value[3] * scale_row_1), by_row.y);
+  return by_row;
+}
+
+// Word j of lane i of every four lanes becomes word i of lane j: with a word from each of four
+// blocks of 8 columns, a lane gets the 16 bytes that one row has in one block.
+__device__ __forceinline__ void transpose_over_quad(uint32_t (&words)[4]) {
+  auto swap = [](uint32_t& first, uint32_t& second, uint32_t distance, bool is_upper) {
+    uint32_t const received = __shfl_xor_sync(0xffffffff, is_upper ? first : second, distance);
+    (is_upper ? first : second) = received;
+  };
+  bool const is_odd = threadIdx.x & 1, is_upper_pair = threadIdx.x & 2;
+  swap(words[0], words[1], 1, is_odd);
+  swap(words[2], words[3], 1, is_odd);
+  swap(words[0], words[2], 2, is_upper_pair);
+  swap(words[1], words[3], 2, is_upper_pair);
+}
+
+// 16 bytes of a row.
+__device__ __forceinline__ void store_words(uint32_t const (&words)[4], void* target, bool exists) {
+  using Words = cutlass::Array<uint32_t, 4>;
+  cutlass::arch::global_store<Words, sizeof(Words)>(reinterpret_cast<Words const&>(words), target,
+                                                    exists);
 }
 
 // Where lane `lane` of fragment (box of d_v, 8-row block, warp) lies in a partial result.

@@ -75,12 +75,14 @@ struct Partition {
   }
 };
 
-// Chooses the cut. The even cut over all CTAs is the shortest, but it splits nearly every row tile
-// and so pays for partial results and their merge. When all row tiles are equally long, cutting
-// each into the same number of parts (or giving whole row tiles to a CTA) makes every CTA begin and
-// end together; take that when it costs the slowest CTA at most 1/16 more tiles.
+// Chooses the cut with the earliest end. The even cut over all CTAs has the shortest ranges, but
+// splits nearly every row tile. When all row tiles are equally long, each can be cut into the same
+// number of parts, so that every CTA begins and ends together, or be left whole. What splitting
+// costs is given in tiles, as measured (scripts/TUNING.md): parts of kRowTile rows are written and
+// joined, in the aligned cut the fewer the less; and an even cut gives most CTAs two row tiles.
 ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles,
-                                          int32_t longest_row_tile, int32_t num_ctas) {
+                                          int32_t longest_row_tile, int32_t num_ctas,
+                                          int32_t rows_per_tile) {
   if (total_tiles == 0) return {0, 1, 1, 1, 0};
   int32_t const parts = total_tiles < num_ctas ? total_tiles : num_ctas;
   int32_t const part_tiles = divide(total_tiles, parts);
@@ -89,19 +91,25 @@ ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles
   bool const is_uniform = int64_t(row_tiles) * longest_row_tile == total_tiles;
   if (!is_uniform) return even;
 
-  Partition aligned = {total_tiles, longest_row_tile, 1, longest_row_tile, 0};
-  if (row_tiles > num_ctas) {  // whole row tiles, the same number for each CTA
-    int32_t const row_tiles_per_cta = divide(row_tiles - 1, num_ctas) + 1;
-    aligned.unit_tiles = saturating_multiply(row_tiles_per_cta, longest_row_tile);
-    aligned.part_tiles = aligned.unit_tiles;
-  } else {  // the same number of CTAs for each row tile
-    int32_t const ctas = divide(num_ctas, row_tiles);
-    aligned.parts_per_unit = ctas < longest_row_tile ? ctas : longest_row_tile;
-    aligned.part_tiles = divide(longest_row_tile, aligned.parts_per_unit);
-    aligned.longer_parts = longest_row_tile - aligned.part_tiles * aligned.parts_per_unit;
+  int32_t const merge_tiles = 2 + rows_per_tile / 16;
+  int32_t const even_end =
+      saturating_add(even.longest_part(), even.longest_part() / 16 + merge_tiles);
+  if (row_tiles > num_ctas) {
+    int32_t const end = saturating_multiply(divide(row_tiles - 1, num_ctas) + 1, longest_row_tile);
+    return end <= even_end ? Partition{total_tiles, end, 1, end, 0} : even;
   }
-  int32_t const longest_span = even.longest_part();
-  return aligned.longest_part() <= longest_span + longest_span / 16 ? aligned : even;
+  int32_t const ctas = divide(num_ctas, row_tiles);
+  int32_t const cut = ctas < longest_row_tile ? ctas : longest_row_tile;
+  Partition aligned = {total_tiles, longest_row_tile, cut, divide(longest_row_tile, cut), 0};
+  aligned.longer_parts = longest_row_tile - aligned.part_tiles * cut;
+  // Its merge takes merge_tiles * row_tiles / num_ctas, rounded down.
+  int64_t const merge_work = int64_t(merge_tiles) * row_tiles;
+  int64_t const saved_tiles = longest_row_tile - aligned.longest_part();
+  if (saved_tiles * num_ctas <= merge_work && longest_row_tile <= even_end) {
+    return {total_tiles, longest_row_tile, 1, longest_row_tile, 0};
+  }
+  int64_t const spare_tiles = even_end - aligned.longest_part();
+  return merge_work < (spare_tiles + 1) * num_ctas ? aligned : even;
 }
 
 // Batch-invariant calls cut a row tile at places that depend on its own length alone. A CTA does

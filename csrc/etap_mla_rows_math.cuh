@@ -7,8 +7,8 @@
  *
  *   issue   S = Q K^T of tile t, box by box as they arrive
  *   issue   O[g] += P V[g] of tile t - 1, whose P the other warpgroup left in shared memory
- *   r = running maxima; P = 2^(S - r)          while tile t - 1 is multiplied
  *   boxes of tile t - 1 -> producer
+ *   r = running maxima; P = 2^(S - r)
  *   P -> shared memory, for the other warpgroup
  *   O[g] += P V[g] of tile t;  boxes of tile t -> producer
  *
@@ -16,7 +16,6 @@
  */
 #pragma once
 
-#include <cuda/ptx>
 #include <cute/arch/copy_sm90.hpp>
 
 #include "etap_mla_loader.cuh"
@@ -249,14 +248,6 @@ class RowsMathWarpgroup {
     cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kWarpgroupBarrier + warpgroup_);
   }
 
-  __device__ void arrive_once_per_warp(uint64_t* barrier, uint32_t count) const {
-    __syncwarp();
-    if (lane_ == 0) {
-      cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
-                                 cuda::ptx::space_shared, barrier, count);
-    }
-  }
-
   // --- S, softmax, P ----------------------------------------------------------------------------
 
   __device__ __forceinline__ void begin_scores() {
@@ -303,16 +294,12 @@ class RowsMathWarpgroup {
     for (int32_t i = 0; i < size(scores_); ++i) scores_(i) *= params_.scale_log2;
 
     Request const& request = segment().request;
-    auto visible_tokens = [&](int32_t packed_row) {
-      if (!params_.causal) return request.kv_len;
-      int32_t const query = params_.divide_by_heads.div(packed_row);
-      return min(request.kv_len - request.query_len + query + 1, request.kv_len);
-    };
     int32_t const first_token = tile_ * kTokenTile;
-    if (first_token + kTokenTile <= visible_tokens(segment().row_begin)) return;
+    if (first_token + kTokenTile <= visible_tokens(params_, request, segment().row_begin)) return;
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
-      int32_t const visible = visible_tokens(segment().row_begin + row(i)) - first_token;
+      int32_t const visible =
+          visible_tokens(params_, request, segment().row_begin + row(i)) - first_token;
 #pragma unroll
       for (int32_t block = 0; block < kTokenTile / 8; ++block) {
 #pragma unroll
@@ -446,17 +433,23 @@ class RowsMathWarpgroup {
     }
   }
 
+  // Four lanes share a row; each writes every fourth block of 8 columns.
   __device__ __forceinline__ void write_output() {
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
-      if (row(i) >= segment().num_rows) continue;
+      bool const exists = row(i) < segment().num_rows;
       float const scale = normalizer(row_sum_[i]);
-      DType* const out = output_row<DType>(params_, segment().packed_row + row(i)) +
-                         warpgroup_ * Traits::kHalfColumns + 2 * (lane_ % 4);
+      DType* const out = output_row<DType>(params_, segment().packed_row + (exists ? row(i) : 0)) +
+                         warpgroup_ * Traits::kHalfColumns + 8 * (lane_ % 4);
 #pragma unroll
-      for (int32_t block = 0; block < kOutputBlocks; ++block) {
-        *reinterpret_cast<uint32_t*>(out + block * 8) =
-            pack<DType>(output(i, block, 0) * scale, output(i, block, 1) * scale);
+      for (int32_t block = 0; block < kOutputBlocks; block += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int32_t j = 0; j < 4; ++j) {
+          words[j] = pack<DType>(output(i, block + j, 0) * scale, output(i, block + j, 1) * scale);
+        }
+        transpose_over_quad(words);
+        store_words(words, out + block * 8, exists);
       }
     }
   }

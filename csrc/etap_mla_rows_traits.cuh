@@ -27,7 +27,7 @@ struct RowsMlaTraits {
   // P in a high and a low part of DType adds nothing to the error of the result, but takes P V
   // twice. Rounding P shows less the more tokens share the weight: longer requests have the high
   // part alone. Depends on the request alone, not on its batch.
-  static constexpr int kLongestSplitPRequest = 2048;
+  static constexpr int kLongestSplitPRequest = 512;
 
   // Two stages of a tile each; math warpgroup g makes S and P of the tiles in stage g. All operands
   // are 128-byte swizzled. A box is seen as K [tokens x columns] and as V [columns x tokens]; once

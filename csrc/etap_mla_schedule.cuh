@@ -27,6 +27,21 @@ __device__ __forceinline__ RawRequest load_request(Params const& params, int32_t
           params.kv_indptr[index + 1], params.kv_len_arr[index]};
 }
 
+// Brings the index tensors to L2 while the kernel before still runs. It may be writing them: L2 is
+// where its results appear, and nothing is read yet. A line of 128 bytes a thread; where there are
+// more, the first ones have to do.
+__device__ __forceinline__ void prefetch_index_tensors(Params const& params) {
+  auto prefetch = [](int32_t const* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+  };
+  int32_t const first = (blockIdx.x * kThreads + threadIdx.x) * 32;
+  if (first < params.num_kv_indices) prefetch(params.kv_indices + first);
+  if (first >= params.batch) return;
+  prefetch(params.kv_len_arr + first);
+  prefetch(params.qo_indptr + first);
+  prefetch(params.kv_indptr + first);
+}
+
 // Every number is clamped so that no index tensor can lead outside the buffers.
 __device__ __forceinline__ Request clamp_request(Params const& params, RawRequest const& raw) {
   int32_t const query_begin = min(max(raw.query_begin, 0), params.total_queries);
@@ -36,6 +51,14 @@ __device__ __forceinline__ Request clamp_request(Params const& params, RawReques
   int64_t const capacity = min(int64_t(page_end - page_begin) * params.page_size, kLongestRequest);
   int32_t const kv_len = int32_t(min(int64_t(max(raw.kv_len, 0)), capacity));
   return {query_begin, query_end - query_begin, page_begin, kv_len};
+}
+
+// Tokens that a packed row of the request sees: all or, causal, those up to its own query's.
+__device__ __forceinline__ int32_t visible_tokens(Params const& params, Request const& request,
+                                                  int32_t packed_row) {
+  if (!params.causal) return request.kv_len;
+  int32_t const query = params.divide_by_heads.div(packed_row);
+  return min(request.kv_len - request.query_len + query + 1, request.kv_len);
 }
 
 // An empty request counts as one (empty) tile: some CTA has to write its zeros.
@@ -151,8 +174,8 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
   if (params.fixed_split_tiles > 0 && sums.tiles == kMaxTiles) sums = {};
   clear_merge_descriptors(params, sums.row_tiles);
-  Partition const partition =
-      make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, gridDim.x);
+  Partition const partition = make_partition(sums.tiles, max(sums.row_tiles, 1),
+                                             sums.longest_row_tile, gridDim.x, kRowTile);
   auto const [begin, end] = partition.range(blockIdx.x);
   if (threadIdx.x == 0) {
     work.partition = partition;
@@ -235,7 +258,7 @@ class SegmentWalk {
   // continue it or, in a batch-invariant call, how many parts it has.
   __device__ void write_merge_descriptor() const {
     if (!segment.begins_row_tile) return;
-    MergeDescriptor descriptor = {0, segment.num_rows, segment.packed_row, 0};
+    MergeDescriptor descriptor = {0, segment.num_rows, segment.packed_row};
     int32_t const tiles = count_token_tiles(segment.request);
     if (params_.fixed_split_tiles > 0) {
       int32_t const num_parts = make_fixed_split(tiles, params_.fixed_split_tiles).num_parts();

@@ -39,6 +39,7 @@ constexpr int kThreads = kMathThreads + kWarpgroupThreads;
 constexpr int kBoxesPerWarpgroup = kCkvBoxes / kMathWarpgroups;  // of d_v: 256 columns each
 
 // Warps of the producer warpgroup: 0 and 1 load the cache, 2 and 3 load the queries.
+constexpr int kTmaWarps = 2;  // they share the copies of a tile
 constexpr int kGatherThreads = 64;
 constexpr int kQueryLoadThreads = 64;
 
@@ -127,7 +128,6 @@ struct alignas(16) MergeDescriptor {
   int32_t num_parts;   // of which CTAs c, c + 1, ... hold one each, unless batch-invariant
   int32_t num_rows;    // rows of the tile that exist
   int32_t packed_row;  // of its first row: query * num_heads + head over the whole batch
-  int32_t unused;
 };
 
 struct Params {
@@ -197,9 +197,9 @@ struct EtapMlaTraits {
   static constexpr int kPvColumns = 2 * kRowTile;
 
   // Longer requests have the high part alone. Rounding P shows less the more tokens share the
-  // weight, while the power that the second part takes bounds the clock in long runs (5 % at 16 x
-  // 64K). Depends on the request alone, not on its batch.
-  static constexpr int kLongestSplitPRequest = 8192;
+  // weight, while the second part takes time (15 % of a call with 32 rows) and power, which bounds
+  // the clock in long runs. Depends on the request alone, not on its batch.
+  static constexpr int kLongestSplitPRequest = kRowTile == 32 ? 512 : 1024;
 
   // Rows that one thread sees of an accumulator: 2 neighbours in every 8 columns.
   static constexpr int kRowsPerThread = kRowTile / 4;
