@@ -373,7 +373,8 @@ skip_softmax, use_sinks
             uint8. With ``kv_cache_format="flashmla_656"`` ckv_cache is all of it,
             ``[pages, page_size, 656]`` or ``[pages, page_size, 1, 656]``, and kpe_cache None.
         out : torch.Tensor, optional
-            Receives the output: shape of ``q_nope``, ``q_data_type``. Made here if not given.
+            Receives the output: shape of ``q_nope``, ``q_data_type``; a view as the queries may be.
+            Made here if not given.
         lse : torch.Tensor, optional
             Receives the log-sum-exp: contiguous, float32, shape ``[total queries, num_heads]``.
         return_lse : bool

@@ -15,9 +15,6 @@ from .dispatch import TOKEN_TILE
 
 ALIGNMENT_BYTES = 16
 STRIDE_ELEMENTS = 8
-# The kernel writes its output in pairs of elements.
-OUT_STRIDE_ELEMENTS = 2
-OUT_ALIGNMENT_BYTES = 4
 REFERENCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LSE_MODES = ("none", "base2", "basee")
 LAYOUTS = (None, "packed", "split")
@@ -422,7 +419,7 @@ def check_result(
 def check_out(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Check a caller's ``out``."""
     check_result("out", out, shape, dtype, device)
-    check_kernel_layout("out", out, OUT_STRIDE_ELEMENTS, OUT_ALIGNMENT_BYTES)
+    check_kernel_layout("out", out, STRIDE_ELEMENTS, ALIGNMENT_BYTES)
 
 
 def check_lse(lse: Any, shape: tuple[int, ...], device: torch.device) -> None:

@@ -8,7 +8,7 @@ first. The products add zeros: every case is compared with float64. The clock is
 1.98 GHz, as is the H20's. Not emulated: the H20's L2, power limit and memory latency.
 
 "ETAP" has the row tile of its rows, 8 or 16; "padded" is the project's variant for 64 rows with the
-same queries. At up to 8,192 tokens ETAP keeps P in two halves, so that N is 32 for 16 rows; such a
+same queries. At up to 1,024 tokens ETAP keeps P in two halves, so that N is 32 for 16 rows; such a
 WGMMA is made to take 72 cycles instead of 64.
 
     python scripts/emulate_h20.py --build-only DIR    needs nvcc, no GPU

@@ -262,12 +262,15 @@ def test_weights_rounded_once_are_beyond_the_bound_of_two_parts() -> None:
 
 
 def test_two_parts_follow_the_row_tile() -> None:
-    assert compare.two_part_tokens(16, 2) == compare.TWO_PART_TOKENS
-    assert compare.two_part_tokens(16, 3) == compare.TWO_PART_TOKENS_64_ROWS
+    assert compare.two_part_tokens(8, 2) == compare.TWO_PART_TOKENS
+    assert compare.two_part_tokens(16, 2) == compare.TWO_PART_TOKENS_MANY_ROWS
     csrc = evidence.REPOSITORY / "csrc"
     for header, tokens in (
-        ("etap_mla_traits.cuh", compare.TWO_PART_TOKENS),
-        ("etap_mla_rows_traits.cuh", compare.TWO_PART_TOKENS_64_ROWS),
+        (
+            "etap_mla_traits.cuh",
+            f"kRowTile == 32 ? {compare.TWO_PART_TOKENS_MANY_ROWS} : {compare.TWO_PART_TOKENS}",
+        ),
+        ("etap_mla_rows_traits.cuh", f"{compare.TWO_PART_TOKENS_MANY_ROWS}"),
     ):
         assert f"kLongestSplitPRequest = {tokens};" in (csrc / header).read_text()
 

@@ -92,7 +92,7 @@ class Case:
     ckv_exponent: int
     cache_layout: Layout
     query_layout: Layout
-    out_tail: int  # elements between the rows of the output, even
+    out_tail: int  # elements between the rows of the output, in steps of 16 bytes
     index_on_host: bool
     graph_buffers: bool  # plan copies into buffers of a CUDA graph
     packed: bool  # query and kv_cache in place of four tensors, where the layouts allow it
@@ -195,7 +195,7 @@ def draw_case(seed: int, number: int, limits: Limits) -> Case:
         ckv_exponent=chosen.choice(CKV_EXPONENTS[dtype]),
         cache_layout=Layout.draw(chosen),
         query_layout=Layout.draw(chosen),
-        out_tail=2 * chosen.randrange(5) if chosen.random() < 0.2 else 0,
+        out_tail=8 * chosen.randrange(5) if chosen.random() < 0.2 else 0,
         index_on_host=chosen.random() < 0.2,
         graph_buffers=chosen.random() < 0.2,
         packed=chosen.random() < 0.2,

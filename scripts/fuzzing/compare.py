@@ -48,9 +48,10 @@ RMSE_BOUND = 1.15
 MIN_PARTICIPATION = 16
 RMSE_BOUND_ONE_PART = 1.5
 MIN_PARTICIPATION_ONE_PART = 256
-# kLongestSplitPRequest in csrc/etap_mla_traits.cuh (row tiles up to 32), etap_mla_rows_traits.cuh.
-TWO_PART_TOKENS = 8192
-TWO_PART_TOKENS_64_ROWS = 2048
+# kLongestSplitPRequest in csrc/etap_mla_traits.cuh (row tiles 8 and 16, then 32) and
+# etap_mla_rows_traits.cuh (64).
+TWO_PART_TOKENS = 1024
+TWO_PART_TOKENS_MANY_ROWS = 512
 
 SCORE_ROUNDOFF = 36 * 2.0**-23  # the tensor cores cut off: a whole unit of the last place a step
 LOGIT_ROUNDOFF = 2.0**-23
@@ -112,8 +113,8 @@ def two_part_tokens(heads: int, longest_query: int) -> int:
     The wrapper takes the row tile for the longest query or for fewer queries, if it only knows
     their number.
     """
-    is_small = heads * longest_query <= 32
-    return TWO_PART_TOKENS if is_small else TWO_PART_TOKENS_64_ROWS
+    is_small = heads * longest_query <= 16
+    return TWO_PART_TOKENS if is_small else TWO_PART_TOKENS_MANY_ROWS
 
 
 def _norms(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
