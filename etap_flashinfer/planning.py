@@ -1,6 +1,7 @@
 """What ``plan`` is given, checked, and what it leaves for ``run``."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Plan:
     # Known if qo_indptr came from the CPU to a workspace elsewhere: a copy, which nobody changes.
     total_queries: int | None
     max_query_len: int | None
+    # What run() found out, for the runs that follow: the layout of inputs that passed the checks,
+    # and the kernel for a query length.
+    checked_layout: validation.Layout | None = None
+    kernels: dict[int, Callable[..., None]] = field(default_factory=dict)
 
     @property
     def fixed_split_tiles(self) -> int:

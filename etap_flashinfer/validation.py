@@ -13,6 +13,8 @@ import torch
 
 from .dispatch import TOKEN_TILE
 
+# Shape, strides, dtype and device of each input of ``run``.
+Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
 ALIGNMENT_BYTES = 16
 STRIDE_ELEMENTS = 8
 REFERENCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -349,6 +351,18 @@ def check_tensor(
             f"{name} has shape {list(tensor.shape)}; planned: "
             f"[{leading}, {trailing[0]}, {trailing[1]}]"
         )
+
+
+def layout_of(inputs: tuple[Any, ...]) -> Layout | None:
+    """All that the checks of the inputs of ``run`` look at, if those are aligned tensors."""
+    layout = []
+    addresses = 0
+    for tensor in inputs:
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        layout.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        addresses |= tensor.data_ptr()
+    return None if addresses % ALIGNMENT_BYTES else tuple(layout)
 
 
 def check_queries(q_nope: Any, q_pe: Any, problem: Problem, device: torch.device) -> None:

@@ -51,6 +51,40 @@ def test_kernel_gets_its_arguments_in_order(kernel: FakeKernel) -> None:
     assert scalars == [True, 192**-0.5, True, 1.0, 1.0, 0]
 
 
+@pytest.mark.parametrize("name", ["q_nope", "q_pe", "ckv_cache", "kpe_cache"])
+def test_every_run_is_checked_whatever_ran_before(kernel: FakeKernel, name: str) -> None:
+    """Inputs of a layout that passed need not be checked again; all others must be."""
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    inputs = run_inputs()
+    wrapper.run(**inputs)
+    wrapper.run(**run_inputs())
+    assert len(kernel.calls) == 2
+    good = inputs[name]
+    rows = good.new_empty(*good.shape[:2], good.shape[2] + 4)
+    for bad, message in (
+        (good.half(), "has dtype torch.float16"),
+        (torch.empty(good.shape, dtype=good.dtype), "is on cpu"),
+        (rows[..., : good.shape[2]], "multiples of 8 elements"),
+        (rows, r"has shape .*; planned"),
+        (torch.cat((good, good)), r"queries|pages"),
+        ("tensor", "is a str"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrapper.run(**(inputs | {name: bad}))
+    wrapper.run(**inputs)
+    assert len(kernel.calls) == 3
+
+
+def test_a_new_plan_checks_anew(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    wrapper.run(**run_inputs())
+    wrapper.plan(**(plan_arguments() | {"page_size": 128}))
+    with pytest.raises(ValueError, match=r"ckv_cache has shape .* planned: \[pages, 128, 512\]"):
+        wrapper.run(**run_inputs())
+
+
 def test_without_lse_the_kernel_gets_none(kernel: FakeKernel) -> None:
     wrapper = make_wrapper()
     wrapper.plan(**plan_arguments())
