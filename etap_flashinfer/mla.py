@@ -123,6 +123,9 @@ class BatchMLAPagedAttentionWrapper:
         self._stock: Any = None
         # The ETAP kernel's entry points used so far.
         self._kernels: dict[planning.VariantKey, Callable[..., None]] = {}
+        self._served: tuple[tuple[Any, ...], Problem] | None = (
+            None  # of the last plan, with its key
+        )
 
         self._device_refusal = dispatch.etap_device_refusal(self.device)
         self._is_always_stock = backend in stock.BACKENDS
@@ -303,19 +306,29 @@ skip_softmax, use_sinks
                 self._log_stock(self._device_refusal)
             self._is_planned = True
             return
-        checked = planning.checked_problem(problem, kv_cache_format, fixed_split_size)
-        refusal = planning.refusal_of(
-            checked, metadata, options, for_etap=self.backend != "reference"
-        )
+        # Most plans differ from the one before in their index tensors alone.
+        key = planning.problem_key(problem, kv_cache_format, fixed_split_size)
+        is_plain = metadata is None and not options
+        refusal: str | None = None
+        if is_plain and self._served is not None and self._served[0] == key:
+            checked = self._served[1]
+        else:
+            checked = planning.checked_problem(problem, kv_cache_format, fixed_split_size)
+            refusal = planning.refusal_of(
+                checked, metadata, options, for_etap=self.backend != "reference"
+            )
+            self._served = (key, checked) if is_plain and refusal is None else None
         if refusal is None:
             self._stock = None
             if self.backend != "reference":
                 self.backend = "etap"
             given = planning.csr_tensors(index, metadata)
             plan = planning.make_plan(checked, lse_mode, given, self.device, self._graph_buffers)
+            if self._plan is not None and self._plan.problem is checked:
+                plan.kernels = self._plan.kernels
             if self.backend == "etap":
                 # Compiled, if need be, now and not in the first run, perhaps under graph capture.
-                self._kernel(checked, 1 if plan.max_query_len is None else plan.max_query_len)
+                self._kernel(plan, 1 if plan.max_query_len is None else plan.max_query_len)
                 planning.check_fixed_split_workspace(plan, self._workspace)
             self._plan = plan
             if self._requested_backend == "auto" and self.backend == "etap":
@@ -516,10 +529,7 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
         query_len = plan.max_query_len
         if query_len is None:
             query_len = -(-out.shape[0] // plan.batch_size)
-        kernel = plan.kernels.get(query_len)
-        if kernel is None:
-            kernel = plan.kernels[query_len] = self._kernel(problem, query_len)
-        kernel(
+        self._kernel(plan, query_len)(
             self._workspace,
             *inputs,
             *plan.index,
@@ -532,9 +542,15 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
             plan.fixed_split_tiles,
         )
 
-    def _kernel(self, problem: Problem, query_len: int) -> Callable[..., None]:
+    def _kernel(self, plan: Plan, query_len: int) -> Callable[..., None]:
         """Entry point of the variant that serves requests of ``query_len`` queries best."""
-        key = planning.variant_key(problem, query_len)
+        kernel = plan.kernels.get(query_len)
+        if kernel is None:
+            key = planning.variant_key(plan.problem, query_len)
+            kernel = plan.kernels[query_len] = self._load_kernel(key)
+        return kernel
+
+    def _load_kernel(self, key: planning.VariantKey) -> Callable[..., None]:
         kernel = self._kernels.get(key)
         if kernel is None:
             from . import jit

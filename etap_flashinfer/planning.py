@@ -89,6 +89,12 @@ def checked_problem(
     return problem
 
 
+def problem_key(problem: dict[str, Any], *others: Any) -> tuple[Any, ...]:
+    """Equal for equal problems: types first, so that a tensor is not compared with a number."""
+    values = (*problem.values(), *others)
+    return (*map(type, values), *values)
+
+
 def refusal_of(
     problem: Problem, metadata: Any, options: dict[str, Any], for_etap: bool
 ) -> str | None:
@@ -198,7 +204,7 @@ def make_plan(
     if batch_size == 0:
         total_queries = 0
     if graph_buffers is None:
-        kept = [tensor.to(device, non_blocking=True) for tensor in index]
+        kept = [t if t.device == device else t.to(device, non_blocking=True) for t in index]
         index = (kept[0], kept[1], kept[2], kept[3])
     else:
         _copy_to_graph_buffers(index, graph_buffers)

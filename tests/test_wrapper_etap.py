@@ -76,6 +76,35 @@ def test_every_run_is_checked_whatever_ran_before(kernel: FakeKernel, name: str)
     assert len(kernel.calls) == 3
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"page_size": 64.0},
+        {"num_heads": True},
+        {"sm_scale": torch.ones(())},
+        {"sm_scale": float("nan")},
+        {"head_dim_kpe": 32},
+        {"kv_data_type": torch.float16},
+        {"lse_mode": "none of them"},
+        {"use_sinks": True},
+    ],
+)
+def test_every_plan_is_checked_whatever_was_planned_before(kernel: FakeKernel, change) -> None:
+    """Of a problem like the last one only the index tensors are checked; of all others all is."""
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    wrapper.plan(**plan_arguments())
+    assert len(kernel.loaded) == 1
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError, NotImplementedError)):
+            wrapper.plan(**(plan_arguments() | change))
+        with pytest.raises(RuntimeError, match="before plan"):
+            wrapper.run(**run_inputs())
+    wrapper.plan(**plan_arguments())
+    wrapper.run(**run_inputs())
+    assert len(kernel.calls) == 1
+
+
 def test_a_new_plan_checks_anew(kernel: FakeKernel) -> None:
     wrapper = make_wrapper()
     wrapper.plan(**plan_arguments())
