@@ -123,9 +123,6 @@ class BatchMLAPagedAttentionWrapper:
         self._stock: Any = None
         # The ETAP kernel's entry points used so far.
         self._kernels: dict[planning.VariantKey, Callable[..., None]] = {}
-        self._served: tuple[tuple[Any, ...], Problem] | None = (
-            None  # of the last plan, with its key
-        )
 
         self._device_refusal = dispatch.etap_device_refusal(self.device)
         self._is_always_stock = backend in stock.BACKENDS
@@ -307,25 +304,27 @@ skip_softmax, use_sinks
             self._is_planned = True
             return
         # Most plans differ from the one before in their index tensors alone.
-        key = planning.problem_key(problem, kv_cache_format, fixed_split_size)
-        is_plain = metadata is None and not options
+        key = None
+        if metadata is None and not options:
+            key = planning.problem_key(problem, kv_cache_format, fixed_split_size)
+        alike = self._plan if key and self._plan and self._plan.problem_key == key else None
         refusal: str | None = None
-        if is_plain and self._served is not None and self._served[0] == key:
-            checked = self._served[1]
+        if alike is not None:
+            checked = alike.problem
         else:
             checked = planning.checked_problem(problem, kv_cache_format, fixed_split_size)
             refusal = planning.refusal_of(
                 checked, metadata, options, for_etap=self.backend != "reference"
             )
-            self._served = (key, checked) if is_plain and refusal is None else None
         if refusal is None:
             self._stock = None
             if self.backend != "reference":
                 self.backend = "etap"
             given = planning.csr_tensors(index, metadata)
             plan = planning.make_plan(checked, lse_mode, given, self.device, self._graph_buffers)
-            if self._plan is not None and self._plan.problem is checked:
-                plan.kernels = self._plan.kernels
+            plan.problem_key = key
+            if alike is not None:
+                plan.kernels = alike.kernels
             if self.backend == "etap":
                 # Compiled, if need be, now and not in the first run, perhaps under graph capture.
                 self._kernel(plan, 1 if plan.max_query_len is None else plan.max_query_len)
@@ -551,6 +550,7 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
         return kernel
 
     def _load_kernel(self, key: planning.VariantKey) -> Callable[..., None]:
+        """Entry point of a variant; compiled or loaded when it is first needed."""
         kernel = self._kernels.get(key)
         if kernel is None:
             from . import jit

@@ -44,8 +44,10 @@ class Plan:
     # Known if qo_indptr came from the CPU to a workspace elsewhere: a copy, which nobody changes.
     total_queries: int | None
     max_query_len: int | None
+    # Of problem, if nothing but index tensors was given beside it; equal in plans of the same.
+    problem_key: tuple[Any, ...] | None = None
     # What run() found out, for the runs that follow: the layout of inputs that passed the checks,
-    # and the kernel for a query length.
+    # and the kernel for a query length, which plans of the same problem share.
     checked_layout: validation.Layout | None = None
     kernels: dict[int, Callable[..., None]] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+from fuzzing import compare
 
 import etap_flashinfer
 
@@ -19,10 +20,6 @@ DTYPE_NAMES = {
     torch.uint8: "flashmla_656",
 }
 RMSE_BOUND = 1.15
-# Shortest kLongestSplitPRequest of all row tiles (csrc/etap_mla_traits.cuh): longer requests may
-# have a P of one part.
-TWO_PART_TOKENS = 512
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 LSE_BOUND = 1e-5
 
 
@@ -268,7 +265,8 @@ def check(
     of its size, for results such as a single token's that rounding leaves exact), LSE within 1e-5.
     ``probability_roundoff``: relative error of a P that is rounded once, which a request with one
     row and few tokens that count shows in all columns alike. Of caches of bf16 or fp16, requests
-    beyond :data:`TWO_PART_TOKENS` have such a P; on the average of a weight's error.
+    beyond ``compare.TWO_PART_TOKENS_MANY_ROWS`` may have such a P; on the average of a weight's
+    error.
     """
     expected, expected_lse = exact(problem)
     rounded = expected.to(problem.dtype)
@@ -296,8 +294,9 @@ def check(
         if q_len:
             rows = slice(first, first + q_len)
             roundoff = probability_roundoff
-            if problem.kv_lens[request] > TWO_PART_TOKENS and problem.ckv.dtype in UNIT_ROUNDOFF:
-                roundoff = UNIT_ROUNDOFF[problem.ckv.dtype] / 4
+            is_long = problem.kv_lens[request] > compare.TWO_PART_TOKENS_MANY_ROWS
+            if is_long and problem.ckv.dtype in compare.UNIT_ROUNDOFF:
+                roundoff = compare.UNIT_ROUNDOFF[problem.ckv.dtype] / 4
             own = squares[rows].mean().sqrt()
             own_size = size[rows].mean().sqrt()
             bound = torch.hypot(rmse_bound * floor[rows].mean().sqrt(), roundoff * own_size)
