@@ -6,7 +6,8 @@
  *
  * All work lies on one line: request after request, row tile after row tile, token tile after
  * token tile. Each CTA works on one range of it, so each tile is done once, and a row tile that
- * reaches over the end of a range is split there.
+ * reaches over the end of a range is split there. Where row tiles differ in length, each has some
+ * empty places before its first tile, for the time in which a CTA ends one and begins the next.
  */
 #pragma once
 
@@ -38,13 +39,15 @@ ETAP_HOST_DEVICE int32_t saturating_multiply(int32_t a, int32_t b) {
 ETAP_HOST_DEVICE int32_t divide(int32_t a, int32_t b) { return int32_t(uint32_t(a) / uint32_t(b)); }
 
 // The line is a sequence of units of `unit_tiles`, and each unit is cut into `parts_per_unit`
-// parts: the first `longer_parts` of `part_tiles + 1` tiles, the others of `part_tiles`.
+// parts: the first `longer_parts` of `part_tiles + 1` tiles, the others of `part_tiles`. Empty
+// places count as tiles here.
 struct Partition {
   int32_t total_tiles;
   int32_t unit_tiles;
   int32_t parts_per_unit;
   int32_t part_tiles;
   int32_t longer_parts;
+  int32_t empty_places;  // before each row tile
 
   ETAP_HOST_DEVICE int32_t longest_part() const { return part_tiles + (longer_parts > 0 ? 1 : 0); }
 
@@ -82,13 +85,15 @@ struct Partition {
 // joined, in the aligned cut the fewer the less; and an even cut gives most CTAs two row tiles.
 ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles,
                                           int32_t longest_row_tile, int32_t num_ctas,
-                                          int32_t rows_per_tile) {
-  if (total_tiles == 0) return {0, 1, 1, 1, 0};
-  int32_t const parts = total_tiles < num_ctas ? total_tiles : num_ctas;
-  int32_t const part_tiles = divide(total_tiles, parts);
-  Partition const even = {total_tiles, total_tiles, parts, part_tiles,
-                          total_tiles - part_tiles * parts};
+                                          int32_t rows_per_tile, bool may_have_empty_places) {
+  if (total_tiles == 0) return {0, 1, 1, 1, 0, 0};
   bool const is_uniform = int64_t(row_tiles) * longest_row_tile == total_tiles;
+  int32_t const empty_places = is_uniform || !may_have_empty_places ? 0 : 1 + rows_per_tile / 64;
+  int32_t const places = saturating_add(total_tiles, saturating_multiply(row_tiles, empty_places));
+  int32_t const parts = places < num_ctas ? places : num_ctas;
+  int32_t const part_tiles = divide(places, parts);
+  Partition const even = {places,      places, parts, part_tiles, places - part_tiles * parts,
+                          empty_places};
   if (!is_uniform) return even;
 
   int32_t const merge_tiles = 2 + rows_per_tile / 16;
@@ -96,17 +101,17 @@ ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles
       saturating_add(even.longest_part(), even.longest_part() / 16 + merge_tiles);
   if (row_tiles > num_ctas) {
     int32_t const end = saturating_multiply(divide(row_tiles - 1, num_ctas) + 1, longest_row_tile);
-    return end <= even_end ? Partition{total_tiles, end, 1, end, 0} : even;
+    return end <= even_end ? Partition{total_tiles, end, 1, end, 0, 0} : even;
   }
   int32_t const ctas = divide(num_ctas, row_tiles);
   int32_t const cut = ctas < longest_row_tile ? ctas : longest_row_tile;
-  Partition aligned = {total_tiles, longest_row_tile, cut, divide(longest_row_tile, cut), 0};
+  Partition aligned = {total_tiles, longest_row_tile, cut, divide(longest_row_tile, cut), 0, 0};
   aligned.longer_parts = longest_row_tile - aligned.part_tiles * cut;
   // Its merge takes merge_tiles * row_tiles / num_ctas, rounded down.
   int64_t const merge_work = int64_t(merge_tiles) * row_tiles;
   int64_t const saved_tiles = longest_row_tile - aligned.longest_part();
   if (saved_tiles * num_ctas <= merge_work && longest_row_tile <= even_end) {
-    return {total_tiles, longest_row_tile, 1, longest_row_tile, 0};
+    return {total_tiles, longest_row_tile, 1, longest_row_tile, 0, 0};
   }
   int64_t const spare_tiles = even_end - aligned.longest_part();
   return merge_work < (spare_tiles + 1) * num_ctas ? aligned : even;

@@ -71,9 +71,11 @@ __device__ __forceinline__ int32_t count_row_tiles(Params const& params, Request
   return (request.query_len * params.num_heads + kRowTile - 1) / kRowTile;
 }
 
+// Places of the request on the line, with so many empty ones before each row tile.
 template <int kRowTile>
-__device__ __forceinline__ int32_t count_tiles(Params const& params, Request const& request) {
-  return saturating_multiply(count_token_tiles(request),
+__device__ __forceinline__ int32_t count_places(Params const& params, Request const& request,
+                                                int32_t empty_places) {
+  return saturating_multiply(count_token_tiles(request) + empty_places,
                              count_row_tiles<kRowTile>(params, request));
 }
 
@@ -86,7 +88,7 @@ template <int kRowTile>
 __device__ __forceinline__ void add_request(Params const& params, Request const& request,
                                             WorkSums& sums) {
   int32_t const row_tiles = count_row_tiles<kRowTile>(params, request);
-  sums.tiles = saturating_add(sums.tiles, count_tiles<kRowTile>(params, request));
+  sums.tiles = saturating_add(sums.tiles, count_places<kRowTile>(params, request, 0));
   sums.row_tiles = saturating_add(sums.row_tiles, row_tiles);
   sums.longest_row_tile =
       max(sums.longest_row_tile, row_tiles > 0 ? count_token_tiles(request) : 0);
@@ -106,16 +108,11 @@ __device__ __forceinline__ int32_t add_lanes_before(int32_t& value) {
   return lane > 0 ? before : 0;
 }
 
-// Sums over the warp's lanes; returns those of the lanes before this one. Row tiles are numbered
-// in batch-invariant calls only.
-__device__ __forceinline__ WorkSums add_over_warp(Params const& params, WorkSums& sums) {
+// Sums over the warp's lanes; returns those of the lanes before this one.
+__device__ __forceinline__ WorkSums add_over_warp(WorkSums& sums) {
   WorkSums before = {};
   before.tiles = add_lanes_before(sums.tiles);
-  if (params.fixed_split_tiles > 0) {
-    before.row_tiles = add_lanes_before(sums.row_tiles);
-  } else {
-    sums.row_tiles = __reduce_add_sync(0xffffffff, sums.row_tiles);
-  }
+  before.row_tiles = add_lanes_before(sums.row_tiles);
   sums.longest_row_tile = __reduce_max_sync(0xffffffff, sums.longest_row_tile);
   return before;
 }
@@ -168,33 +165,40 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
     request = clamp_request(params, load_request(params, first + i));
     add_request<kRowTile>(params, request, sums);
   }
-  int32_t const tiles = sums.tiles;
-  WorkSums before = add_over_warp(params, sums);
+  WorkSums const own = sums;
+  WorkSums before = add_over_warp(sums);
   if (!is_small) add_over_cta(scratch, sums, before);
+  bool const is_batch_invariant = params.fixed_split_tiles > 0;
   // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
-  if (params.fixed_split_tiles > 0 && sums.tiles == kMaxTiles) sums = {};
+  if (is_batch_invariant && sums.tiles == kMaxTiles) sums = {};
   clear_merge_descriptors(params, sums.row_tiles);
-  Partition const partition = make_partition(sums.tiles, max(sums.row_tiles, 1),
-                                             sums.longest_row_tile, gridDim.x, kRowTile);
+  Partition const partition =
+      make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, gridDim.x, kRowTile,
+                     /*may_have_empty_places=*/!is_batch_invariant);
   auto const [begin, end] = partition.range(blockIdx.x);
   if (threadIdx.x == 0) {
     work.partition = partition;
     work.begin = begin;
     work.end = end;
   }
-  if (begin < before.tiles || begin >= saturating_add(before.tiles, tiles)) return;
-  int32_t index = first;  // this thread's share holds the CTA's first tile
+  int32_t const empty_places = partition.empty_places;
+  auto places_of = [&](WorkSums const& counted) {
+    return saturating_add(counted.tiles, saturating_multiply(counted.row_tiles, empty_places));
+  };
+  int32_t place = places_of(before);
+  if (begin < place || begin >= saturating_add(place, places_of(own))) return;
+  int32_t index = first;  // this thread's share holds the CTA's first place
   if (requests > 1) {
     request = clamp_request(params, load_request(params, index));
-    while (begin >= before.tiles + count_tiles<kRowTile>(params, request)) {
-      before.tiles += count_tiles<kRowTile>(params, request);
+    while (begin >= saturating_add(place, count_places<kRowTile>(params, request, empty_places))) {
+      place += count_places<kRowTile>(params, request, empty_places);
       before.row_tiles += count_row_tiles<kRowTile>(params, request);
       request = clamp_request(params, load_request(params, ++index));
     }
   }
   // In a small batch a thread of every warp gets here, each with the same to say.
   work.first_request = index;
-  work.first_request_begin = before.tiles;
+  work.first_request_begin = place;
   work.row_tiles_before = before.row_tiles;
   work.request = request;
 }
@@ -221,23 +225,30 @@ class SegmentWalk {
   __device__ bool next() {
     if (position_ >= work_.end) return false;
     Request& request = segment.request;
-    while (position_ >= saturating_add(request_begin_, count_tiles<kRowTile>(params_, request))) {
-      request_begin_ += count_tiles<kRowTile>(params_, request);
+    int32_t const empty_places = work_.partition.empty_places;
+    int32_t places = count_places<kRowTile>(params_, request, empty_places);
+    while (position_ >= saturating_add(request_begin_, places)) {
+      request_begin_ += places;
       row_tiles_before_ += count_row_tiles<kRowTile>(params_, request);
       request = clamp_request(params_, next_request_);
       if (++index_ >= params_.batch) return false;
       // Loaded one request ahead, so that nobody waits for it between two segments.
       next_request_ = load_request(params_, index_ + 1);
+      places = count_places<kRowTile>(params_, request, empty_places);
     }
     int32_t const tiles = count_token_tiles(request);
     int32_t const offset = position_ - request_begin_;
     // Most requests have a single row tile; spare them the division.
-    int32_t const row_tile = offset < tiles ? 0 : offset / tiles;
+    int32_t const places_of_row_tile = tiles + empty_places;
+    int32_t const row_tile = offset < places_of_row_tile ? 0 : offset / places_of_row_tile;
+    // Negative in an empty place.
+    int32_t const tile = offset - row_tile * places_of_row_tile - empty_places;
     segment.row_begin = row_tile * kRowTile;
     segment.num_rows = min(kRowTile, request.query_len * params_.num_heads - segment.row_begin);
     segment.packed_row = request.query_begin * params_.num_heads + segment.row_begin;
-    segment.tile_begin = offset - row_tile * tiles;
-    segment.tile_end = segment.tile_begin + (work_.end - position_);
+    segment.tile_begin = max(tile, 0);
+    segment.tile_end = tile + (work_.end - position_);
+    if (segment.tile_end <= 0) return false;  // the range ends before the row tile's first tile
     segment.slot = 2 * blockIdx.x + (segment.tile_begin == 0 ? 1 : 0);
     if (params_.fixed_split_tiles > 0) {
       FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
@@ -250,7 +261,7 @@ class SegmentWalk {
     segment.tile_end = min(segment.tile_end, tiles);
     segment.begins_row_tile = segment.tile_begin == 0;
     segment.ends_row_tile = segment.tile_end == tiles;
-    position_ += segment.num_tiles();
+    position_ += segment.tile_end - tile;
     return true;
   }
 

@@ -22,8 +22,9 @@ MAX_TILES = 2**31 - 1
 WRAPPER = """
 #include "etap_mla_partition.h"
 extern "C" void cut(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
-                    int32_t rows, int32_t* begins, int32_t* ends) {
-  auto const partition = etap::make_partition(total, row_tiles, longest, num_ctas, rows);
+                    int32_t rows, bool may_have_empty_places, int32_t* begins, int32_t* ends) {
+  auto const partition =
+      etap::make_partition(total, row_tiles, longest, num_ctas, rows, may_have_empty_places);
   for (int32_t cta = 0; cta < num_ctas; ++cta) {
     auto const range = partition.range(cta);
     begins[cta] = range.begin;
@@ -32,7 +33,11 @@ extern "C" void cut(int32_t total, int32_t row_tiles, int32_t longest, int32_t n
 }
 extern "C" int32_t cta_of(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
                           int32_t rows, int32_t position) {
-  return etap::make_partition(total, row_tiles, longest, num_ctas, rows).cta_of(position);
+  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, true).cta_of(position);
+}
+extern "C" int32_t empty_places(int32_t total, int32_t row_tiles, int32_t longest,
+                                int32_t num_ctas, int32_t rows) {
+  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, true).empty_places;
 }
 extern "C" int32_t part_tiles(int32_t tiles, int32_t split_tiles) {
   return etap::make_fixed_split(tiles, split_tiles).part_tiles;
@@ -74,11 +79,11 @@ def partition(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def cut(partition, total, row_tiles, longest, num_ctas, rows=16):
-    """Ranges of all CTAs, for row tiles of so many rows."""
+def cut(partition, total, row_tiles, longest, num_ctas, rows=16, may_have_empty_places=True):
+    """Ranges of all CTAs, for row tiles of so many rows, in places of the line."""
     begins, ends = (np.zeros(num_ctas, dtype=np.int32) for _ in range(2))
     pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (begins, ends)]
-    partition.cut(total, row_tiles, longest, num_ctas, rows, *pointers)
+    partition.cut(total, row_tiles, longest, num_ctas, rows, may_have_empty_places, *pointers)
     return begins.tolist(), ends.tolist()
 
 
@@ -108,20 +113,23 @@ def test_every_tile_is_done_once_and_loads_are_even(partition, batch, num_ctas, 
     total, longest = sum(tiles), max(tiles, default=0)
     begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas, rows)
 
+    is_uniform = total == len(tiles) * longest
+    empty = partition.empty_places(total, max(len(tiles), 1), longest, num_ctas, rows)
+    assert empty == (0 if is_uniform else 2 if rows == 64 else 1)
+    places = total + empty * len(tiles)
     busy = [(b, e) for b, e in zip(begins, ends, strict=True) if b < e]
     assert begins[0] == 0
-    assert ends[-1] == total
+    assert ends[-1] == places
     assert all(b == e for b, e in zip(begins[1:], ends[:-1], strict=True))  # no gap, no overlap
     loads = [e - b for b, e in busy]
-    even = -(-total // num_ctas)
-    is_uniform = total == len(tiles) * longest
+    even = -(-places // num_ctas)
     if loads and not (is_uniform and len(tiles) > num_ctas):
         assert max(loads) - min(loads) <= 1
     # Whole row tiles for a CTA: the last one may have fewer of them. They may take as much longer
     # as the merge that they spare, and equal ranges 1/16.
     spared = 2 + rows // 16 if is_uniform else 0
     assert not loads or max(loads) <= even + even // 16 + spared
-    if not is_uniform and total >= num_ctas:
+    if not is_uniform and places >= num_ctas:
         assert len(busy) == num_ctas
 
     for cta, (begin, end) in enumerate(busy):
@@ -166,8 +174,10 @@ def test_merging_the_parts_is_exact(partition, lengths, num_ctas, seed):
     random = np.random.default_rng(seed)
     tiles = [token_tiles(length) for length in lengths]
     begins, ends = cut(partition, sum(tiles), len(tiles), max(tiles), num_ctas)
+    empty = partition.empty_places(sum(tiles), len(tiles), max(tiles), num_ctas, 16)
     row_tile_begin = 0
     for length, row_tile_tiles in zip(lengths, tiles, strict=True):
+        row_tile_begin += empty
         scores = random.normal(scale=20, size=length)
         values = random.normal(size=(length, 3))
         parts = []
@@ -245,7 +255,7 @@ def test_fixed_parts_are_done_once_and_cut_alike(partition, batch, split, heads,
     requests = [(token_tiles(length), -(-queries * heads // row_tile)) for length, queries in batch]
     tiles = [each for each, row_tiles in requests for _ in range(row_tiles)]
     total, longest = sum(tiles), max(tiles, default=0)
-    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas, row_tile)
+    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas, row_tile, False)
     done = [
         fixed_walk(partition, requests, split, begin, end)
         for begin, end in zip(begins, ends, strict=True)
