@@ -422,14 +422,9 @@ class MathWarpgroup {
           warp_ * 16 + half_of_lane * 8;
 #pragma unroll
       for (int32_t box = 0; box < kBoxesPerWarpgroup; box += 2) {
-        uint2 const first =
-            transpose_fragment<DType>(output_fragment(box, block), scale_0, scale_1);
-        uint2 const second =
-            transpose_fragment<DType>(output_fragment(box + 1, block), scale_0, scale_1);
-        uint32_t words[4] = {first.x, first.y, second.x, second.y};
-        transpose_over_quad(words);
         int32_t const column = (2 * (box + box_of_lane) + warpgroup_) * kBoxColumns;
-        store_words(words, out + column, exists);
+        write_fragments<DType>(output_fragment(box, block), output_fragment(box + 1, block),
+                               scale_0, scale_1, out + column, exists);
       }
     }
   }

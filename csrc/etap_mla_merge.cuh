@@ -110,14 +110,14 @@ class Merge {
   __device__ void join_row_tiles(int32_t num_descriptors, bool is_rehearsal) {
     int32_t const split_row_tiles = load_descriptors(num_descriptors);
     int32_t const num_units = split_row_tiles * kUnitsPerRowTile;
-    // Units that a CTA joins at once: the fewest that leave none to a second round.
-    int32_t const most_log_units = is_batch_invariant() ? 3 - log_merge_shares(most_parts()) : 3;
-    int32_t log_units = 0;
-    while (log_units < most_log_units && num_units > int32_t(gridDim.x) << log_units) ++log_units;
     if (num_units > int32_t(gridDim.x) * kMergeWarps && !is_batch_invariant()) {
       join_boxes(split_row_tiles * (kUnitsPerRowTile / kUnitsOfBox));
       return;
     }
+    // Units that a CTA joins at once: the fewest that leave none to a second round.
+    int32_t const most_log_units = is_batch_invariant() ? 3 - log_merge_shares(most_parts()) : 3;
+    int32_t log_units = 0;
+    while (log_units < most_log_units && num_units > int32_t(gridDim.x) << log_units) ++log_units;
     int32_t first = blockIdx.x << log_units;
     int32_t const end = is_rehearsal ? first + 1 : num_units;
     for (; first < end; first += gridDim.x << log_units) {
@@ -237,11 +237,8 @@ class Merge {
     float const scale_0 = normalizer(joined.total.x), scale_1 = normalizer(joined.total.y);
 #pragma unroll
     for (int32_t unit = 0; unit < kUnitsOfBox; unit += 2) {
-      uint2 const first = transpose_fragment<DType>(fragment(joined, unit), scale_0, scale_1);
-      uint2 const second = transpose_fragment<DType>(fragment(joined, unit + 1), scale_0, scale_1);
-      uint32_t words[4] = {first.x, first.y, second.x, second.y};
-      transpose_over_quad(words);
-      store_words(words, out + unit * 16, exists);
+      write_fragments<DType>(fragment(joined, unit), fragment(joined, unit + 1), scale_0, scale_1,
+                             out + unit * 16, exists);
     }
     if (box == 0) write_lse(joined, descriptor, row_block);
   }

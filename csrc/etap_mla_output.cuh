@@ -79,6 +79,19 @@ __device__ __forceinline__ void store_words(uint32_t const (&words)[4], void* ta
                                                     exists);
 }
 
+// Two fragments as 8 rows of the output: a lane writes, of row lane / 4, the 8 columns that belong
+// to half lane % 2 of fragment lane % 4 / 2.
+template <typename DType>
+__device__ __forceinline__ void write_fragments(OutputFragment const& first,
+                                                OutputFragment const& second, float scale_row_0,
+                                                float scale_row_1, void* target, bool exists) {
+  uint2 const a = transpose_fragment<DType>(first, scale_row_0, scale_row_1);
+  uint2 const b = transpose_fragment<DType>(second, scale_row_0, scale_row_1);
+  uint32_t words[4] = {a.x, a.y, b.x, b.y};
+  transpose_over_quad(words);
+  store_words(words, target, exists);
+}
+
 // Where lane `lane` of fragment (box of d_v, 8-row block, warp) lies in a partial result.
 template <int kRowTile>
 __device__ __forceinline__ int32_t partial_index(int32_t slot, int32_t box, int32_t row_block,

@@ -83,12 +83,16 @@ struct Partition {
 // number of parts, so that every CTA begins and ends together, or be left whole. What splitting
 // costs is given in tiles, as measured (scripts/TUNING.md): parts of kRowTile rows are written and
 // joined, in the aligned cut the fewer the less; and an even cut gives most CTAs two row tiles.
+// Where row tiles differ in length, empty places keep CTAs with many short ones from ending last:
+// so many of them were fastest.
 ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles,
                                           int32_t longest_row_tile, int32_t num_ctas,
                                           int32_t rows_per_tile, bool may_have_empty_places) {
   if (total_tiles == 0) return {0, 1, 1, 1, 0, 0};
   bool const is_uniform = int64_t(row_tiles) * longest_row_tile == total_tiles;
-  int32_t const empty_places = is_uniform || !may_have_empty_places ? 0 : 1 + rows_per_tile / 64;
+  int32_t const empty_places = is_uniform || !may_have_empty_places ? 0
+                               : rows_per_tile <= 16                ? 1
+                                                                    : rows_per_tile / 16;
   int32_t const places = saturating_add(total_tiles, saturating_multiply(row_tiles, empty_places));
   int32_t const parts = places < num_ctas ? places : num_ctas;
   int32_t const part_tiles = divide(places, parts);

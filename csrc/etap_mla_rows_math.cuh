@@ -406,6 +406,7 @@ class RowsMathWarpgroup {
       row_sum_[i] += __shfl_xor_sync(0xffffffff, row_sum_[i], 2);
       if (lane_ % 4 == 0) sums[warpgroup_][row(i)] = row_sum_[i];
     }
+    __syncwarp();  // the barrier is for whole warps, and only some lanes have stored
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) row_sum_[i] = sums[0][row(i)] + sums[1][row(i)];

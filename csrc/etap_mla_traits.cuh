@@ -110,7 +110,7 @@ struct CtaWork {
   int32_t first_request_begin;
   int32_t first_request;
   int32_t row_tiles_before;  // the first request's
-  Request request;  // the first
+  Request request;           // the first
 };
 
 // Sums of each warp, while the schedule is made: tiles, row tiles, longest row tile.
