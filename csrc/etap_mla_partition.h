@@ -6,8 +6,9 @@
  *
  * All work lies on one line: request after request, row tile after row tile, token tile after
  * token tile. Each CTA works on one range of it, so each tile is done once, and a row tile that
- * reaches over the end of a range is split there. Where row tiles differ in length, each has some
- * empty places before its first tile, for the time in which a CTA ends one and begins the next.
+ * reaches over the end of a range is split there. Where row tiles differ in length, the line has
+ * empty places before the first tile of each: a few, for the time in which a CTA ends one row tile
+ * and begins the next, or as many as make all row tiles equally long.
  */
 #pragma once
 
@@ -38,84 +39,99 @@ ETAP_HOST_DEVICE int32_t saturating_multiply(int32_t a, int32_t b) {
 // Of numbers that are not negative; without a sign the GPU divides faster.
 ETAP_HOST_DEVICE int32_t divide(int32_t a, int32_t b) { return int32_t(uint32_t(a) / uint32_t(b)); }
 
-// The line is a sequence of units of `unit_tiles`, and each unit is cut into `parts_per_unit`
-// parts: the first `longer_parts` of `part_tiles + 1` tiles, the others of `part_tiles`. Empty
-// places count as tiles here.
+// The line is a sequence of units of `unit_places`, and each unit is cut into `parts_per_unit`
+// parts: the first `longer_parts` of `part_places + 1` places, the others of `part_places`.
 struct Partition {
-  int32_t total_tiles;
-  int32_t unit_tiles;
+  int32_t total_places;
+  int32_t unit_places;
   int32_t parts_per_unit;
-  int32_t part_tiles;
+  int32_t part_places;
   int32_t longer_parts;
-  int32_t empty_places;  // before each row tile
+  // Of a row tile. The places that it has no tiles for are empty, and come first.
+  int32_t empty_places;   // at least
+  int32_t padded_places;  // all, if more
 
-  ETAP_HOST_DEVICE int32_t longest_part() const { return part_tiles + (longer_parts > 0 ? 1 : 0); }
+  ETAP_HOST_DEVICE int32_t longest_part() const { return part_places + (longer_parts > 0 ? 1 : 0); }
+
+  ETAP_HOST_DEVICE int32_t places_of_row_tile(int32_t tiles) const {
+    int32_t const places = tiles + empty_places;
+    return places > padded_places ? places : padded_places;
+  }
+  // Of so many row tiles with so many tiles in all.
+  ETAP_HOST_DEVICE int32_t places_of_row_tiles(int32_t row_tiles, int32_t tiles) const {
+    if (padded_places > 0) return saturating_multiply(row_tiles, padded_places);
+    return saturating_add(tiles, saturating_multiply(row_tiles, empty_places));
+  }
 
   struct Range {
     int32_t begin, end;
   };
 
-  // Tiles of CTA `cta`; empty, at total_tiles, for idle CTAs.
+  // Places of CTA `cta`; none, at total_places, for idle CTAs.
   ETAP_HOST_DEVICE Range range(int32_t cta) const {
     int32_t const unit = divide(cta, parts_per_unit);
     int32_t const part = cta - unit * parts_per_unit;
-    int64_t const begin = int64_t(unit) * unit_tiles + int64_t(part) * part_tiles +
+    int64_t const begin = int64_t(unit) * unit_places + int64_t(part) * part_places +
                           (part < longer_parts ? part : longer_parts);
-    int64_t const end = begin + part_tiles + (part < longer_parts ? 1 : 0);
-    return {int32_t(begin < total_tiles ? begin : total_tiles),
-            int32_t(end < total_tiles ? end : total_tiles)};
+    int64_t const end = begin + part_places + (part < longer_parts ? 1 : 0);
+    return {int32_t(begin < total_places ? begin : total_places),
+            int32_t(end < total_places ? end : total_places)};
   }
 
-  // The CTA whose range holds tile `position`, 0 <= position < total_tiles.
-  ETAP_HOST_DEVICE int32_t cta_of(int32_t position) const {
-    int32_t const unit = divide(position, unit_tiles);
-    int32_t const offset = position - unit * unit_tiles;
-    int32_t const in_longer_parts = longer_parts * (part_tiles + 1);
+  // The CTA whose range holds a place, 0 <= place < total_places.
+  ETAP_HOST_DEVICE int32_t cta_of(int32_t place) const {
+    int32_t const unit = divide(place, unit_places);
+    int32_t const offset = place - unit * unit_places;
+    int32_t const in_longer_parts = longer_parts * (part_places + 1);
     int32_t const part = offset < in_longer_parts
-                             ? divide(offset, part_tiles + 1)
-                             : longer_parts + divide(offset - in_longer_parts, part_tiles);
+                             ? divide(offset, part_places + 1)
+                             : longer_parts + divide(offset - in_longer_parts, part_places);
     return unit * parts_per_unit + part;
   }
 };
 
 // Chooses the cut with the earliest end. The even cut over all CTAs has the shortest ranges, but
-// splits nearly every row tile. When all row tiles are equally long, each can be cut into the same
-// number of parts, so that every CTA begins and ends together, or be left whole. What splitting
-// costs is given in tiles, as measured (scripts/TUNING.md): parts of kRowTile rows are written and
-// joined, in the aligned cut the fewer the less; and an even cut gives most CTAs two row tiles.
-// Where row tiles differ in length, empty places keep CTAs with many short ones from ending last:
-// so many of them were fastest.
+// splits nearly every row tile. When all row tiles are padded to the length of the longest, each
+// can be cut into the same number of parts, so that every CTA begins and ends together, or be left
+// whole. What splitting costs is given in tiles, as measured (scripts/TUNING.md): parts of kRowTile
+// rows are written and joined, in the aligned cut the fewer the less; and an even cut gives most
+// CTAs two row tiles. In the even cut of row tiles that differ, empty places keep CTAs with many
+// short ones from ending last; so many of them were fastest. Batch-invariant calls have none.
 ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles,
                                           int32_t longest_row_tile, int32_t num_ctas,
-                                          int32_t rows_per_tile, bool may_have_empty_places) {
-  if (total_tiles == 0) return {0, 1, 1, 1, 0, 0};
-  bool const is_uniform = int64_t(row_tiles) * longest_row_tile == total_tiles;
-  int32_t const empty_places = is_uniform || !may_have_empty_places ? 0
-                               : rows_per_tile <= 16                ? 1
-                                                                    : rows_per_tile / 16;
+                                          int32_t rows_per_tile, bool is_batch_invariant) {
+  if (total_tiles == 0) return {0, 1, 1, 1, 0, 0, 0};
+  int32_t const padded = saturating_multiply(row_tiles, longest_row_tile);
+  bool const may_be_padded = padded < kMaxTiles && (padded == total_tiles || !is_batch_invariant);
+  int32_t const empty_places = padded == total_tiles || is_batch_invariant ? 0
+                               : rows_per_tile <= 16                       ? 1
+                                                                           : rows_per_tile / 16;
   int32_t const places = saturating_add(total_tiles, saturating_multiply(row_tiles, empty_places));
   int32_t const parts = places < num_ctas ? places : num_ctas;
-  int32_t const part_tiles = divide(places, parts);
-  Partition const even = {places,      places, parts, part_tiles, places - part_tiles * parts,
-                          empty_places};
-  if (!is_uniform) return even;
+  int32_t const part_places = divide(places, parts);
+  Partition const even = {places,       places, parts, part_places, places - part_places * parts,
+                          empty_places, 0};
+  if (!may_be_padded) return even;
 
   int32_t const merge_tiles = 2 + rows_per_tile / 16;
-  int32_t const even_end =
-      saturating_add(even.longest_part(), even.longest_part() / 16 + merge_tiles);
+  // Empty places stand for some of what the even cut costs.
+  int32_t const even_tiles = even.longest_part() / 16 + merge_tiles - (empty_places > 0 ? 2 : 0);
+  int32_t const even_end = saturating_add(even.longest_part(), even_tiles);
   if (row_tiles > num_ctas) {
     int32_t const end = saturating_multiply(divide(row_tiles - 1, num_ctas) + 1, longest_row_tile);
-    return end <= even_end ? Partition{total_tiles, end, 1, end, 0, 0} : even;
+    return end <= even_end ? Partition{padded, end, 1, end, 0, 0, longest_row_tile} : even;
   }
   int32_t const ctas = divide(num_ctas, row_tiles);
   int32_t const cut = ctas < longest_row_tile ? ctas : longest_row_tile;
-  Partition aligned = {total_tiles, longest_row_tile, cut, divide(longest_row_tile, cut), 0, 0};
-  aligned.longer_parts = longest_row_tile - aligned.part_tiles * cut;
+  int32_t const aligned_places = divide(longest_row_tile, cut);
+  Partition const aligned = {
+      padded, longest_row_tile, cut, aligned_places, longest_row_tile - aligned_places * cut,
+      0,      longest_row_tile};
   // Its merge takes merge_tiles * row_tiles / num_ctas, rounded down.
   int64_t const merge_work = int64_t(merge_tiles) * row_tiles;
   int64_t const saved_tiles = longest_row_tile - aligned.longest_part();
   if (saved_tiles * num_ctas <= merge_work && longest_row_tile <= even_end) {
-    return {total_tiles, longest_row_tile, 1, longest_row_tile, 0, 0};
+    return {padded, longest_row_tile, 1, longest_row_tile, 0, 0, longest_row_tile};
   }
   int64_t const spare_tiles = even_end - aligned.longest_part();
   return merge_work < (spare_tiles + 1) * num_ctas ? aligned : even;

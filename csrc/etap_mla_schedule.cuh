@@ -71,11 +71,17 @@ __device__ __forceinline__ int32_t count_row_tiles(Params const& params, Request
   return (request.query_len * params.num_heads + kRowTile - 1) / kRowTile;
 }
 
-// Places of the request on the line, with so many empty ones before each row tile.
+// Of all its row tiles.
+template <int kRowTile>
+__device__ __forceinline__ int32_t count_tiles(Params const& params, Request const& request) {
+  return saturating_multiply(count_token_tiles(request),
+                             count_row_tiles<kRowTile>(params, request));
+}
+
 template <int kRowTile>
 __device__ __forceinline__ int32_t count_places(Params const& params, Request const& request,
-                                                int32_t empty_places) {
-  return saturating_multiply(count_token_tiles(request) + empty_places,
+                                                Partition const& partition) {
+  return saturating_multiply(partition.places_of_row_tile(count_token_tiles(request)),
                              count_row_tiles<kRowTile>(params, request));
 }
 
@@ -88,7 +94,7 @@ template <int kRowTile>
 __device__ __forceinline__ void add_request(Params const& params, Request const& request,
                                             WorkSums& sums) {
   int32_t const row_tiles = count_row_tiles<kRowTile>(params, request);
-  sums.tiles = saturating_add(sums.tiles, count_places<kRowTile>(params, request, 0));
+  sums.tiles = saturating_add(sums.tiles, count_tiles<kRowTile>(params, request));
   sums.row_tiles = saturating_add(sums.row_tiles, row_tiles);
   sums.longest_row_tile =
       max(sums.longest_row_tile, row_tiles > 0 ? count_token_tiles(request) : 0);
@@ -174,24 +180,21 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   clear_merge_descriptors(params, sums.row_tiles);
   Partition const partition =
       make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, gridDim.x, kRowTile,
-                     /*may_have_empty_places=*/!is_batch_invariant);
+                     is_batch_invariant);
   auto const [begin, end] = partition.range(blockIdx.x);
   if (threadIdx.x == 0) {
     work.partition = partition;
     work.begin = begin;
     work.end = end;
   }
-  int32_t const empty_places = partition.empty_places;
-  auto places_of = [&](WorkSums const& counted) {
-    return saturating_add(counted.tiles, saturating_multiply(counted.row_tiles, empty_places));
-  };
-  int32_t place = places_of(before);
-  if (begin < place || begin >= saturating_add(place, places_of(own))) return;
+  int32_t place = partition.places_of_row_tiles(before.row_tiles, before.tiles);
+  int32_t const places = partition.places_of_row_tiles(own.row_tiles, own.tiles);
+  if (begin < place || begin >= saturating_add(place, places)) return;
   int32_t index = first;  // this thread's share holds the CTA's first place
   if (requests > 1) {
     request = clamp_request(params, load_request(params, index));
-    while (begin >= saturating_add(place, count_places<kRowTile>(params, request, empty_places))) {
-      place += count_places<kRowTile>(params, request, empty_places);
+    while (begin >= saturating_add(place, count_places<kRowTile>(params, request, partition))) {
+      place += count_places<kRowTile>(params, request, partition);
       before.row_tiles += count_row_tiles<kRowTile>(params, request);
       request = clamp_request(params, load_request(params, ++index));
     }
@@ -225,8 +228,8 @@ class SegmentWalk {
   __device__ bool next() {
     if (position_ >= work_.end) return false;
     Request& request = segment.request;
-    int32_t const empty_places = work_.partition.empty_places;
-    int32_t places = count_places<kRowTile>(params_, request, empty_places);
+    Partition const& partition = work_.partition;
+    int32_t places = count_places<kRowTile>(params_, request, partition);
     while (position_ >= saturating_add(request_begin_, places)) {
       request_begin_ += places;
       row_tiles_before_ += count_row_tiles<kRowTile>(params_, request);
@@ -234,15 +237,15 @@ class SegmentWalk {
       if (++index_ >= params_.batch) return false;
       // Loaded one request ahead, so that nobody waits for it between two segments.
       next_request_ = load_request(params_, index_ + 1);
-      places = count_places<kRowTile>(params_, request, empty_places);
+      places = count_places<kRowTile>(params_, request, partition);
     }
     int32_t const tiles = count_token_tiles(request);
     int32_t const offset = position_ - request_begin_;
     // Most requests have a single row tile; spare them the division.
-    int32_t const places_of_row_tile = tiles + empty_places;
+    int32_t const places_of_row_tile = partition.places_of_row_tile(tiles);
     int32_t const row_tile = offset < places_of_row_tile ? 0 : offset / places_of_row_tile;
     // Negative in an empty place.
-    int32_t const tile = offset - row_tile * places_of_row_tile - empty_places;
+    int32_t const tile = offset - row_tile * places_of_row_tile - (places_of_row_tile - tiles);
     segment.row_begin = row_tile * kRowTile;
     segment.num_rows = min(kRowTile, request.query_len * params_.num_heads - segment.row_begin);
     segment.packed_row = request.query_begin * params_.num_heads + segment.row_begin;

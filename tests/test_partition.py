@@ -22,9 +22,9 @@ MAX_TILES = 2**31 - 1
 WRAPPER = """
 #include "etap_mla_partition.h"
 extern "C" void cut(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
-                    int32_t rows, bool may_have_empty_places, int32_t* begins, int32_t* ends) {
+                    int32_t rows, bool is_batch_invariant, int32_t* begins, int32_t* ends) {
   auto const partition =
-      etap::make_partition(total, row_tiles, longest, num_ctas, rows, may_have_empty_places);
+      etap::make_partition(total, row_tiles, longest, num_ctas, rows, is_batch_invariant);
   for (int32_t cta = 0; cta < num_ctas; ++cta) {
     auto const range = partition.range(cta);
     begins[cta] = range.begin;
@@ -32,12 +32,21 @@ extern "C" void cut(int32_t total, int32_t row_tiles, int32_t longest, int32_t n
   }
 }
 extern "C" int32_t cta_of(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
-                          int32_t rows, int32_t position) {
-  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, true).cta_of(position);
+                          int32_t rows, int32_t place) {
+  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, false).cta_of(place);
 }
-extern "C" int32_t empty_places(int32_t total, int32_t row_tiles, int32_t longest,
-                                int32_t num_ctas, int32_t rows) {
-  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, true).empty_places;
+// Of a row tile of so many tiles.
+extern "C" int32_t places(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
+                          int32_t rows, int32_t tiles) {
+  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, false)
+      .places_of_row_tile(tiles);
+}
+// Of `some` row tiles with `some_tiles` in all.
+extern "C" int32_t places_of_some(int32_t total, int32_t row_tiles, int32_t longest,
+                                  int32_t num_ctas, int32_t rows, int32_t some,
+                                  int32_t some_tiles) {
+  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, false)
+      .places_of_row_tiles(some, some_tiles);
 }
 extern "C" int32_t part_tiles(int32_t tiles, int32_t split_tiles) {
   return etap::make_fixed_split(tiles, split_tiles).part_tiles;
@@ -79,11 +88,11 @@ def partition(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def cut(partition, total, row_tiles, longest, num_ctas, rows=16, may_have_empty_places=True):
+def cut(partition, total, row_tiles, longest, num_ctas, rows=16, is_batch_invariant=False):
     """Ranges of all CTAs, for row tiles of so many rows, in places of the line."""
     begins, ends = (np.zeros(num_ctas, dtype=np.int32) for _ in range(2))
     pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (begins, ends)]
-    partition.cut(total, row_tiles, longest, num_ctas, rows, may_have_empty_places, *pointers)
+    partition.cut(total, row_tiles, longest, num_ctas, rows, is_batch_invariant, *pointers)
     return begins.tolist(), ends.tolist()
 
 
@@ -111,31 +120,34 @@ batches = st.lists(
 def test_every_tile_is_done_once_and_loads_are_even(partition, batch, num_ctas, rows):
     tiles = [token_tiles(length) for length, row_tiles in batch for _ in range(row_tiles)]
     total, longest = sum(tiles), max(tiles, default=0)
-    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas, rows)
+    problem = (total, max(len(tiles), 1), longest, num_ctas, rows)
+    begins, ends = cut(partition, *problem)
 
     is_uniform = total == len(tiles) * longest
-    empty = partition.empty_places(total, max(len(tiles), 1), longest, num_ctas, rows)
-    assert empty == (0 if is_uniform else 2 if rows == 64 else 1)
-    places = total + empty * len(tiles)
+    empty = 0 if is_uniform else max(rows // 16, 1)
+    all_places = [partition.places(*problem, own) for own in tiles]
+    is_padded = not is_uniform and all_places != [own + empty for own in tiles]
+    if is_padded:
+        assert all_places == [longest] * len(tiles)
+    places = sum(all_places)
+    assert partition.places_of_some(*problem, len(tiles), total) == places
     busy = [(b, e) for b, e in zip(begins, ends, strict=True) if b < e]
     assert begins[0] == 0
     assert ends[-1] == places
     assert all(b == e for b, e in zip(begins[1:], ends[:-1], strict=True))  # no gap, no overlap
     loads = [e - b for b, e in busy]
-    even = -(-places // num_ctas)
-    if loads and not (is_uniform and len(tiles) > num_ctas):
+    even = -(-(total + empty * len(tiles)) // num_ctas)
+    if loads and not ((is_uniform or is_padded) and len(tiles) > num_ctas):
         assert max(loads) - min(loads) <= 1
     # Whole row tiles for a CTA: the last one may have fewer of them. They may take as much longer
     # as the merge that they spare, and equal ranges 1/16.
-    spared = 2 + rows // 16 if is_uniform else 0
-    assert not loads or max(loads) <= even + even // 16 + spared
-    if not is_uniform and places >= num_ctas:
-        assert len(busy) == num_ctas
+    assert not loads or max(loads) <= even + even // 16 + 2 + rows // 16
+    if not (is_uniform or is_padded):
+        assert len(busy) == min(num_ctas, places)
 
     for cta, (begin, end) in enumerate(busy):
-        for position in {begin, (begin + end) // 2, end - 1}:
-            arguments = (total, max(len(tiles), 1), longest, num_ctas, rows, position)
-            assert partition.cta_of(*arguments) == cta
+        for place in {begin, (begin + end) // 2, end - 1}:
+            assert partition.cta_of(*problem, place) == cta
 
 
 @pytest.mark.parametrize(
@@ -163,6 +175,26 @@ def test_equal_requests_are_cut_alike(partition, row_tiles, longest, rows, parts
     assert all(row_tile * longest in starts for row_tile in range(row_tiles))
 
 
+@pytest.mark.parametrize(
+    ("tiles", "rows", "is_whole"),
+    [
+        ([1 + i % 16 for i in range(128)], 64, True),
+        # The longest of 64 row tiles takes longer than two halves and their merge.
+        ([1 + i % 64 for i in range(64)], 64, False),
+        ([1] * 127 + [1024], 16, False),
+        # A merge of 16 rows is cheaper.
+        ([1 + i % 8 for i in range(128)], 64, True),
+        ([1 + i % 8 for i in range(128)], 16, False),
+    ],
+)
+def test_short_row_tiles_stay_whole(partition, tiles, rows, is_whole):
+    problem = (sum(tiles), len(tiles), max(tiles), 132)
+    begins, _ = cut(partition, *problem, rows)
+    places = [partition.places(*problem, rows, own) for own in tiles]
+    row_tile_begins = [sum(places[:i]) for i in range(len(places))]
+    assert (sorted(set(begins))[: len(tiles)] == row_tile_begins) == is_whole
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 1500), min_size=1, max_size=8),
@@ -173,11 +205,11 @@ def test_merging_the_parts_is_exact(partition, lengths, num_ctas, seed):
     """Parts with their own maxima, merged as the kernel does, give softmax over all tokens."""
     random = np.random.default_rng(seed)
     tiles = [token_tiles(length) for length in lengths]
-    begins, ends = cut(partition, sum(tiles), len(tiles), max(tiles), num_ctas)
-    empty = partition.empty_places(sum(tiles), len(tiles), max(tiles), num_ctas, 16)
+    problem = (sum(tiles), len(tiles), max(tiles), num_ctas)
+    begins, ends = cut(partition, *problem)
     row_tile_begin = 0
     for length, row_tile_tiles in zip(lengths, tiles, strict=True):
-        row_tile_begin += empty
+        row_tile_begin += partition.places(*problem, 16, row_tile_tiles) - row_tile_tiles
         scores = random.normal(scale=20, size=length)
         values = random.normal(size=(length, 3))
         parts = []
@@ -255,7 +287,7 @@ def test_fixed_parts_are_done_once_and_cut_alike(partition, batch, split, heads,
     requests = [(token_tiles(length), -(-queries * heads // row_tile)) for length, queries in batch]
     tiles = [each for each, row_tiles in requests for _ in range(row_tiles)]
     total, longest = sum(tiles), max(tiles, default=0)
-    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas, row_tile, False)
+    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas, row_tile, True)
     done = [
         fixed_walk(partition, requests, split, begin, end)
         for begin, end in zip(begins, ends, strict=True)
