@@ -28,11 +28,9 @@ struct TileScores {
   // -inf where a row does not see a token.
   __device__ void mask(Params const& params, Segment const& segment, int32_t tile,
                        Fp8Thread const& thread) {
+    if (tile < segment.masked_tile_begin) return;
     Request const& request = segment.request;
-    int32_t const first_token = tile * kTokenTile;
-    if (first_token + kTokenTile <= visible_tokens(params, request, segment.row_begin)) return;
-
-    int32_t const token = first_token + thread.token();
+    int32_t const token = tile * kTokenTile + thread.token();
 #pragma unroll
     for (int32_t i = 0; i < Traits::kRowsPerThread; ++i) {
       int32_t const visible = visible_tokens(params, request, segment.row_begin + thread.row(i));

@@ -31,6 +31,8 @@ struct EtapMlaFp8Traits {
   using Boxes =
       CacheBoxes<uint8_t, 128, kHeadDimKpe*(kHasTokenScales ? int(sizeof(KpeElement)) : 1)>;
 
+  static constexpr int kEmptyPlaces = kRowTile == 64 ? 4 : 2;  // as in EtapMlaTraits
+
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;

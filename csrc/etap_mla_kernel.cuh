@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   cudaGridDependencySynchronize();
   // The merge kernel's CTAs may take their places as ours leave; they wait for our results.
   cudaTriggerProgrammaticLaunchCompletion();
-  find_cta_work<Traits::kRowTile>(params, shared.schedule, work);
+  find_cta_work<Traits>(params, shared.schedule, work);
   __syncthreads();
   if (work.begin >= work.end) return;
 

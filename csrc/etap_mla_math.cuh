@@ -133,11 +133,9 @@ class MathWarpgroup {
   }
 
   __device__ void mask_scores() {
+    if (tile_ < segment().masked_tile_begin) return;
     Request const& request = segment().request;
-    int32_t const first_token = tile_ * kTokenTile;
-    if (first_token + kTokenTile <= visible_tokens(params_, request, segment().row_begin)) return;
-
-    int32_t const token = first_token + warp_ * 16 + lane_ / 4;
+    int32_t const token = tile_ * kTokenTile + warp_ * 16 + lane_ / 4;
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
       int32_t const visible = visible_tokens(params_, request, segment().row_begin + row(i));

@@ -95,17 +95,17 @@ struct Partition {
 // can be cut into the same number of parts, so that every CTA begins and ends together, or be left
 // whole. What splitting costs is given in tiles, as measured (scripts/TUNING.md): parts of kRowTile
 // rows are written and joined, in the aligned cut the fewer the less; and an even cut gives most
-// CTAs two row tiles. In the even cut of row tiles that differ, empty places keep CTAs with many
-// short ones from ending last; so many of them were fastest. Batch-invariant calls have none.
+// CTAs two row tiles. In the even cut of row tiles that differ, `empty_places` before each keep
+// CTAs with many short ones from ending last. Zero of them, in batch-invariant calls, stands for no
+// padding either.
 ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles,
                                           int32_t longest_row_tile, int32_t num_ctas,
-                                          int32_t rows_per_tile, bool is_batch_invariant) {
+                                          int32_t rows_per_tile, int32_t empty_places) {
   if (total_tiles == 0) return {0, 1, 1, 1, 0, 0, 0};
   int32_t const padded = saturating_multiply(row_tiles, longest_row_tile);
-  bool const may_be_padded = padded < kMaxTiles && (padded == total_tiles || !is_batch_invariant);
-  int32_t const empty_places = padded == total_tiles || is_batch_invariant ? 0
-                               : rows_per_tile <= 16                       ? 1
-                                                                           : rows_per_tile / 16;
+  bool const is_uniform = padded == total_tiles;
+  bool const may_be_padded = padded < kMaxTiles && (is_uniform || empty_places > 0);
+  if (is_uniform) empty_places = 0;
   int32_t const places = saturating_add(total_tiles, saturating_multiply(row_tiles, empty_places));
   int32_t const parts = places < num_ctas ? places : num_ctas;
   int32_t const part_places = divide(places, parts);

@@ -293,13 +293,12 @@ class RowsMathWarpgroup {
 #pragma unroll
     for (int32_t i = 0; i < size(scores_); ++i) scores_(i) *= params_.scale_log2;
 
+    if (tile_ < segment().masked_tile_begin) return;
     Request const& request = segment().request;
-    int32_t const first_token = tile_ * kTokenTile;
-    if (first_token + kTokenTile <= visible_tokens(params_, request, segment().row_begin)) return;
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
       int32_t const visible =
-          visible_tokens(params_, request, segment().row_begin + row(i)) - first_token;
+          visible_tokens(params_, request, segment().row_begin + row(i)) - tile_ * kTokenTile;
 #pragma unroll
       for (int32_t block = 0; block < kTokenTile / 8; ++block) {
 #pragma unroll

@@ -160,8 +160,9 @@ __device__ __forceinline__ void clear_merge_descriptors(Params const& params, in
 // Run by all threads of the CTA together; `work` is there for all after the next barrier. Up to 32
 // requests, every warp looks at all of them, one a lane, and needs no other warp. Of more, thread t
 // counts the t-th of kThreads equal shares.
-template <int kRowTile>
+template <class Traits>
 __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, CtaWork& work) {
+  constexpr int kRowTile = Traits::kRowTile;
   bool const is_small = params.batch <= 32;
   int32_t const requests = params.requests_per_thread;
   int32_t const first = is_small ? int32_t(threadIdx.x) % 32 : int32_t(threadIdx.x) * requests;
@@ -180,7 +181,7 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   clear_merge_descriptors(params, sums.row_tiles);
   Partition const partition =
       make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, gridDim.x, kRowTile,
-                     is_batch_invariant);
+                     is_batch_invariant ? 0 : Traits::kEmptyPlaces);
   auto const [begin, end] = partition.range(blockIdx.x);
   if (threadIdx.x == 0) {
     work.partition = partition;
@@ -262,6 +263,7 @@ class SegmentWalk {
           row_tile_number() * params_.most_parts + split.first_part_from(segment.tile_begin);
     }
     segment.tile_end = min(segment.tile_end, tiles);
+    segment.masked_tile_begin = visible_tokens(params_, request, segment.row_begin) / kTokenTile;
     segment.begins_row_tile = segment.tile_begin == 0;
     segment.ends_row_tile = segment.tile_end == tiles;
     position_ += segment.tile_end - tile;

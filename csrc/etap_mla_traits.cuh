@@ -95,7 +95,8 @@ struct Segment {
   int32_t num_rows;    // rows of it that exist
   int32_t packed_row;  // of its first row: query * num_heads + head over the whole batch
   int32_t tile_begin, tile_end;
-  int32_t slot;  // of the workspace, for its partial result
+  int32_t masked_tile_begin;  // from here on some row may not see all of a tile
+  int32_t slot;               // of the workspace, for its partial result
   bool begins_row_tile, ends_row_tile;
 
   __device__ int32_t num_tiles() const { return tile_end - tile_begin; }
@@ -186,6 +187,10 @@ struct EtapMlaTraits {
   static constexpr int kRowTile = kRowTile_;  // packed rows (query x head) on WGMMA's N
   static_assert(kRowTile == 8 || kRowTile == 16 || kRowTile == 32,
                 "256 x 2 row_tile floats of accumulators must fit a warpgroup's registers");
+
+  // In the schedule, before each of the row tiles of a call where they differ in length: with so
+  // many, calls were fastest (scripts/TUNING.md).
+  static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 216;

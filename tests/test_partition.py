@@ -22,9 +22,9 @@ MAX_TILES = 2**31 - 1
 WRAPPER = """
 #include "etap_mla_partition.h"
 extern "C" void cut(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
-                    int32_t rows, bool is_batch_invariant, int32_t* begins, int32_t* ends) {
+                    int32_t rows, int32_t empty_places, int32_t* begins, int32_t* ends) {
   auto const partition =
-      etap::make_partition(total, row_tiles, longest, num_ctas, rows, is_batch_invariant);
+      etap::make_partition(total, row_tiles, longest, num_ctas, rows, empty_places);
   for (int32_t cta = 0; cta < num_ctas; ++cta) {
     auto const range = partition.range(cta);
     begins[cta] = range.begin;
@@ -32,20 +32,21 @@ extern "C" void cut(int32_t total, int32_t row_tiles, int32_t longest, int32_t n
   }
 }
 extern "C" int32_t cta_of(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
-                          int32_t rows, int32_t place) {
-  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, false).cta_of(place);
+                          int32_t rows, int32_t empty_places, int32_t place) {
+  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, empty_places)
+      .cta_of(place);
 }
 // Of a row tile of so many tiles.
 extern "C" int32_t places(int32_t total, int32_t row_tiles, int32_t longest, int32_t num_ctas,
-                          int32_t rows, int32_t tiles) {
-  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, false)
+                          int32_t rows, int32_t empty_places, int32_t tiles) {
+  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, empty_places)
       .places_of_row_tile(tiles);
 }
 // Of `some` row tiles with `some_tiles` in all.
 extern "C" int32_t places_of_some(int32_t total, int32_t row_tiles, int32_t longest,
-                                  int32_t num_ctas, int32_t rows, int32_t some,
-                                  int32_t some_tiles) {
-  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, false)
+                                  int32_t num_ctas, int32_t rows, int32_t empty_places,
+                                  int32_t some, int32_t some_tiles) {
+  return etap::make_partition(total, row_tiles, longest, num_ctas, rows, empty_places)
       .places_of_row_tiles(some, some_tiles);
 }
 extern "C" int32_t part_tiles(int32_t tiles, int32_t split_tiles) {
@@ -88,11 +89,11 @@ def partition(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def cut(partition, total, row_tiles, longest, num_ctas, rows=16, is_batch_invariant=False):
+def cut(partition, total, row_tiles, longest, num_ctas, rows=16, empty_places=1):
     """Ranges of all CTAs, for row tiles of so many rows, in places of the line."""
     begins, ends = (np.zeros(num_ctas, dtype=np.int32) for _ in range(2))
     pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (begins, ends)]
-    partition.cut(total, row_tiles, longest, num_ctas, rows, is_batch_invariant, *pointers)
+    partition.cut(total, row_tiles, longest, num_ctas, rows, empty_places, *pointers)
     return begins.tolist(), ends.tolist()
 
 
@@ -112,22 +113,24 @@ batches = st.lists(
     batch=batches,
     num_ctas=st.sampled_from([1, 2, 78, 114, 132, 144]),
     rows=st.sampled_from([8, 16, 32, 64]),
+    empty_places=st.sampled_from([0, 1, 2, 4]),
 )
-@example(batch=[(65536, 1)] * 16, num_ctas=132, rows=16)
-@example(batch=[(512, 1)] * 128, num_ctas=132, rows=16)
-@example(batch=[(0, 1)] * 300, num_ctas=132, rows=16)
-@example(batch=[(2048, 1)] * 100, num_ctas=132, rows=64)
-def test_every_tile_is_done_once_and_loads_are_even(partition, batch, num_ctas, rows):
+@example(batch=[(65536, 1)] * 16, num_ctas=132, rows=16, empty_places=1)
+@example(batch=[(512, 1)] * 128, num_ctas=132, rows=16, empty_places=1)
+@example(batch=[(0, 1)] * 300, num_ctas=132, rows=16, empty_places=1)
+@example(batch=[(2048, 1)] * 100, num_ctas=132, rows=64, empty_places=4)
+def test_every_tile_is_done_once_and_loads_are_even(partition, batch, num_ctas, rows, empty_places):
     tiles = [token_tiles(length) for length, row_tiles in batch for _ in range(row_tiles)]
     total, longest = sum(tiles), max(tiles, default=0)
-    problem = (total, max(len(tiles), 1), longest, num_ctas, rows)
+    problem = (total, max(len(tiles), 1), longest, num_ctas, rows, empty_places)
     begins, ends = cut(partition, *problem)
 
     is_uniform = total == len(tiles) * longest
-    empty = 0 if is_uniform else max(rows // 16, 1)
+    empty = 0 if is_uniform else empty_places
     all_places = [partition.places(*problem, own) for own in tiles]
     is_padded = not is_uniform and all_places != [own + empty for own in tiles]
     if is_padded:
+        assert empty_places > 0
         assert all_places == [longest] * len(tiles)
     places = sum(all_places)
     assert partition.places_of_some(*problem, len(tiles), total) == places
@@ -176,21 +179,21 @@ def test_equal_requests_are_cut_alike(partition, row_tiles, longest, rows, parts
 
 
 @pytest.mark.parametrize(
-    ("tiles", "rows", "is_whole"),
+    ("tiles", "rows", "empty_places", "is_whole"),
     [
-        ([1 + i % 16 for i in range(128)], 64, True),
+        ([1 + i % 16 for i in range(128)], 64, 4, True),
         # The longest of 64 row tiles takes longer than two halves and their merge.
-        ([1 + i % 64 for i in range(64)], 64, False),
-        ([1] * 127 + [1024], 16, False),
+        ([1 + i % 64 for i in range(64)], 64, 4, False),
+        ([1] * 127 + [1024], 16, 1, False),
         # A merge of 16 rows is cheaper.
-        ([1 + i % 8 for i in range(128)], 64, True),
-        ([1 + i % 8 for i in range(128)], 16, False),
+        ([1 + i % 8 for i in range(128)], 64, 4, True),
+        ([1 + i % 8 for i in range(128)], 16, 1, False),
     ],
 )
-def test_short_row_tiles_stay_whole(partition, tiles, rows, is_whole):
-    problem = (sum(tiles), len(tiles), max(tiles), 132)
-    begins, _ = cut(partition, *problem, rows)
-    places = [partition.places(*problem, rows, own) for own in tiles]
+def test_short_row_tiles_stay_whole(partition, tiles, rows, empty_places, is_whole):
+    problem = (sum(tiles), len(tiles), max(tiles), 132, rows, empty_places)
+    begins, _ = cut(partition, *problem)
+    places = [partition.places(*problem, own) for own in tiles]
     row_tile_begins = [sum(places[:i]) for i in range(len(places))]
     assert (sorted(set(begins))[: len(tiles)] == row_tile_begins) == is_whole
 
@@ -205,11 +208,11 @@ def test_merging_the_parts_is_exact(partition, lengths, num_ctas, seed):
     """Parts with their own maxima, merged as the kernel does, give softmax over all tokens."""
     random = np.random.default_rng(seed)
     tiles = [token_tiles(length) for length in lengths]
-    problem = (sum(tiles), len(tiles), max(tiles), num_ctas)
+    problem = (sum(tiles), len(tiles), max(tiles), num_ctas, 16, 1)
     begins, ends = cut(partition, *problem)
     row_tile_begin = 0
     for length, row_tile_tiles in zip(lengths, tiles, strict=True):
-        row_tile_begin += partition.places(*problem, 16, row_tile_tiles) - row_tile_tiles
+        row_tile_begin += partition.places(*problem, row_tile_tiles) - row_tile_tiles
         scores = random.normal(scale=20, size=length)
         values = random.normal(size=(length, 3))
         parts = []
@@ -287,7 +290,7 @@ def test_fixed_parts_are_done_once_and_cut_alike(partition, batch, split, heads,
     requests = [(token_tiles(length), -(-queries * heads // row_tile)) for length, queries in batch]
     tiles = [each for each, row_tiles in requests for _ in range(row_tiles)]
     total, longest = sum(tiles), max(tiles, default=0)
-    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas, row_tile, True)
+    begins, ends = cut(partition, total, max(len(tiles), 1), longest, num_ctas, row_tile, 0)
     done = [
         fixed_walk(partition, requests, split, begin, end)
         for begin, end in zip(begins, ends, strict=True)
