@@ -2,15 +2,14 @@
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
-from . import cache_format, dispatch, index_values, planning, reference, stock, validation
+from . import cache_format, dispatch, index_values, planning, stock, validation
 from .cache_format import KvCacheFormat
+from .execution import Executor
 from .planning import IndexTensors, Plan
-from .validation import Problem
 
 logger = logging.getLogger("etap_flashinfer")
 
@@ -121,8 +120,7 @@ class BatchMLAPagedAttentionWrapper:
         # Stock wrappers made so far, by backend, and the one that serves the current plan.
         self._stock_wrappers: dict[str, Any] = {}
         self._stock: Any = None
-        # The ETAP kernel's entry points used so far.
-        self._kernels: dict[planning.VariantKey, Callable[..., None]] = {}
+        self._executor = Executor(self._workspace)
 
         self._device_refusal = dispatch.etap_device_refusal(self.device)
         self._is_always_stock = backend in stock.BACKENDS
@@ -327,7 +325,7 @@ skip_softmax, use_sinks
                 plan.kernels = alike.kernels
             if self.backend == "etap":
                 # Compiled, if need be, now and not in the first run, perhaps under graph capture.
-                self._kernel(plan, 1 if plan.max_query_len is None else plan.max_query_len)
+                self._executor.kernel(plan, 1 if plan.max_query_len is None else plan.max_query_len)
                 planning.check_fixed_split_workspace(plan, self._workspace)
             self._plan = plan
             if self._requested_backend == "auto" and self.backend == "etap":
@@ -461,106 +459,16 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
             _check_not_both("kv_cache", ckv_cache, kpe_cache)
             ckv_cache, kpe_cache = cache_format.split_packed(problem, kv_cache)
         tensors = (q_nope, q_pe, ckv_cache, kpe_cache)
-        return self._run_planned(plan, tensors, scales, out, lse, return_lse, return_lse_base_on_e)
-
-    def _run_planned(
-        self,
-        plan: Plan,
-        inputs: tuple[Any, Any, Any, Any],
-        scales: tuple[float, float],
-        out: torch.Tensor | None,
-        lse: torch.Tensor | None,
-        return_lse: bool,
-        lse_base_e: bool,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Check the tensors of ``run`` against the plan, and run the kernel or the reference."""
-        problem, device = plan.problem, self.device
-        # Most calls have the layouts of the one before, and the checks take as long as the launch.
-        layout = validation.layout_of(inputs) if self.backend == "etap" else None
-        if layout is None or layout != plan.checked_layout:
-            inputs = self._check_inputs(problem, inputs)
-            if problem.kv_cache_format is None:  # others are not returned as they came
-                plan.checked_layout = layout
-        total_queries = inputs[0].shape[0]
-        validation.check_total_queries(total_queries, plan.total_queries)
-        if return_lse or lse is not None:
-            validation.check_lse_mode(plan.lse_mode, lse_base_e)
-        out_shape = (total_queries, problem.num_heads, problem.head_dim_ckv)
-        if out is None:
-            out = torch.empty(out_shape, dtype=problem.q_data_type, device=device)
-        else:
-            validation.check_out(out, out_shape, problem.q_data_type, device)
-        if lse is not None:
-            validation.check_lse(lse, out_shape[:2], device)
-        elif return_lse:
-            lse = torch.empty(out_shape[:2], dtype=torch.float32, device=device)
-        if total_queries > 0:
-            execute = self._run_etap if self.backend == "etap" else reference.run
-            execute(plan, inputs, scales, out, lse, lse_base_e)
-        if not return_lse:
-            return out
-        assert lse is not None
-        return out, lse
-
-    def _check_inputs(
-        self, problem: Problem, inputs: tuple[Any, Any, Any, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Check queries and cache against the plan; return them as the kernel takes them."""
-        q_nope, q_pe, ckv, kpe = inputs
-        validation.check_queries(q_nope, q_pe, problem, self.device)
-        ckv, kpe = cache_format.checked_cache(ckv, kpe, problem, self.device)
-        if self.backend == "etap":
-            validation.check_kernel_queries(q_nope, q_pe)
-            cache_format.check_kernel_cache(ckv, kpe)
-        return q_nope, q_pe, ckv, kpe
-
-    def _run_etap(
-        self,
-        plan: Plan,
-        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        scales: tuple[float, float],
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        lse_base_e: bool,
-    ) -> None:
-        """Launch the kernel, on PyTorch's current stream of the device of the tensors."""
-        problem = plan.problem
-        query_len = plan.max_query_len
-        if query_len is None:
-            query_len = -(-out.shape[0] // plan.batch_size)
-        self._kernel(plan, query_len)(
-            self._workspace,
-            *inputs,
-            *plan.index,
+        return self._executor.run(
+            plan,
+            tensors,
+            scales,
             out,
             lse,
-            problem.causal,
-            problem.sm_scale,
-            lse_base_e,
-            *scales,
-            plan.fixed_split_tiles,
+            return_lse,
+            return_lse_base_on_e,
+            is_etap=self.backend == "etap",
         )
-
-    def _kernel(self, plan: Plan, query_len: int) -> Callable[..., None]:
-        """Entry point of the variant that serves requests of ``query_len`` queries best."""
-        kernel = plan.kernels.get(query_len)
-        if kernel is None:
-            key = planning.variant_key(plan.problem, query_len)
-            kernel = plan.kernels[query_len] = self._load_kernel(key)
-        return kernel
-
-    def _load_kernel(self, key: planning.VariantKey) -> Callable[..., None]:
-        """Entry point of a variant; compiled or loaded when it is first needed."""
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            from . import jit
-
-            module = jit.get_etap_mla_module(jit.EtapMlaVariant(*key))
-            validation.check_workspace_bytes(
-                self._workspace, module.workspace_bytes(self.device.index)
-            )
-            kernel = self._kernels[key] = module.run
-        return kernel
 
     def _refuse_stock(self, kv_data_type: Any, kv_cache_format: Any, refusal: str | None) -> None:
         """Refuse what stock FlashInfer would misread; ``refusal`` is why ETAP does not serve."""

@@ -116,7 +116,7 @@ def missing_variants(wrapper: object, dtypes: list[str], kv_caches: list[str]) -
         for variant in jit.ALL_VARIANTS
         if variant.dtype in {DTYPES[name] for name in dtypes} and variant.kv_cache in kv_caches
     }
-    return [name for key, name in wanted.items() if key not in wrapper._kernels]
+    return [name for key, name in wanted.items() if key not in wrapper._executor.kernels]
 
 
 def main() -> int:

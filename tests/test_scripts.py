@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import types
 
 import bench_decode
 import bench_validate
@@ -492,7 +493,7 @@ def test_sanitizer_cases_reach_every_variant(arguments, monkeypatch, capsys):
     used = {}
 
     class Wrapper:
-        _kernels = used
+        _executor = types.SimpleNamespace(kernels=used)
 
         def __init__(self, workspace, backend):
             pass

@@ -90,6 +90,24 @@ def test_batch_sizes(batch, seed, record):
     check(problem, *run_once(problem), record)
 
 
+@pytest.mark.parametrize(
+    ("batch", "shortest", "longest", "heads"),
+    [
+        (40, 1, 3000, 64),  # cut evenly, with empty places
+        (64, 1, 1024, 128),  # whole, padded to the longest
+        (64, 960, 1024, 16),  # padded, in two parts each
+        (16, 7900, 8192, 64),  # padded, in eight
+        (260, 900, 960, 16),  # padded, two for a CTA
+    ],
+)
+def test_lengths_that_differ(batch, shortest, longest, heads, seed, record):
+    """All ways of cutting row tiles of different lengths (csrc/etap_mla_partition.h)."""
+    chosen = random.Random(seed)
+    lengths = [longest, *(chosen.randint(shortest, longest) for _ in range(batch - 1))]
+    problem = make_problem(seed, [1] * batch, lengths, heads)
+    check(problem, *run_once(problem), record)
+
+
 def test_one_long_among_many_short(seed, record):
     chosen = random.Random(seed)
     lengths = [chosen.randrange(1, 200) for _ in range(127)]

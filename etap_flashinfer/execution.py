@@ -1,0 +1,156 @@
+"""What a planned call does: checks of its tensors, the variant that serves it, the launch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import cache_format, planning, reference, validation
+from .planning import Plan
+from .validation import Problem
+
+
+class Executor:
+    """Runs the planned calls of one wrapper on the ETAP kernel or the reference.
+
+    Parameters
+    ----------
+    workspace : torch.Tensor
+        The wrapper's, uint8, one dimension.
+
+    Attributes
+    ----------
+    kernels : dict
+        Entry points of the kernel's variants that were used so far.
+    """
+
+    def __init__(self, workspace: torch.Tensor) -> None:
+        self.kernels: dict[planning.VariantKey, Callable[..., None]] = {}
+        self.device = workspace.device
+        self._workspace = workspace
+
+    def run(
+        self,
+        plan: Plan,
+        inputs: tuple[Any, Any, Any, Any],
+        scales: tuple[float, float],
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        return_lse: bool,
+        lse_base_e: bool,
+        *,
+        is_etap: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Check the tensors of a call against its plan, and run the kernel or the reference.
+
+        Parameters
+        ----------
+        plan : Plan
+            Of the call.
+        inputs : tuple
+            Queries and cache as the wrapper's ``run`` takes them, each in two parts.
+        scales : (float, float)
+            Of ckv and of kpe.
+        out, lse : torch.Tensor or None
+            Receive the results; made here if not given.
+        return_lse, lse_base_e : bool
+            Whether the log-sum-exp is returned, and whether it is the natural one.
+        is_etap : bool
+            Whether the kernel runs; the reference otherwise.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a tensor is not as planned; nothing has been launched then.
+        """
+        problem, device = plan.problem, self.device
+        # Most calls have the layouts of the one before, and the checks take as long as the launch.
+        layout = validation.layout_of(inputs) if is_etap else None
+        if layout is None or layout != plan.checked_layout:
+            inputs = _checked_inputs(problem, inputs, device, is_etap)
+            if problem.kv_cache_format is None:  # others are not returned as they came
+                plan.checked_layout = layout
+        total_queries = inputs[0].shape[0]
+        validation.check_total_queries(total_queries, plan.total_queries)
+        if return_lse or lse is not None:
+            validation.check_lse_mode(plan.lse_mode, lse_base_e)
+        out_shape = (total_queries, problem.num_heads, problem.head_dim_ckv)
+        if out is None:
+            out = torch.empty(out_shape, dtype=problem.q_data_type, device=device)
+        else:
+            validation.check_out(out, out_shape, problem.q_data_type, device)
+        if lse is not None:
+            validation.check_lse(lse, out_shape[:2], device)
+        elif return_lse:
+            lse = torch.empty(out_shape[:2], dtype=torch.float32, device=device)
+        if total_queries > 0:
+            execute = self._run_etap if is_etap else reference.run
+            execute(plan, inputs, scales, out, lse, lse_base_e)
+        if not return_lse:
+            return out
+        assert lse is not None
+        return out, lse
+
+    def _run_etap(
+        self,
+        plan: Plan,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        scales: tuple[float, float],
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        lse_base_e: bool,
+    ) -> None:
+        """Launch the kernel, on PyTorch's current stream of the device of the tensors."""
+        problem = plan.problem
+        query_len = plan.max_query_len
+        if query_len is None:
+            query_len = -(-out.shape[0] // plan.batch_size)
+        self.kernel(plan, query_len)(
+            self._workspace,
+            *inputs,
+            *plan.index,
+            out,
+            lse,
+            problem.causal,
+            problem.sm_scale,
+            lse_base_e,
+            *scales,
+            plan.fixed_split_tiles,
+        )
+
+    def kernel(self, plan: Plan, query_len: int) -> Callable[..., None]:
+        """Entry point of the variant that serves requests of ``query_len`` queries best."""
+        kernel = plan.kernels.get(query_len)
+        if kernel is None:
+            key = planning.variant_key(plan.problem, query_len)
+            kernel = plan.kernels[query_len] = self._load_kernel(key)
+        return kernel
+
+    def _load_kernel(self, key: planning.VariantKey) -> Callable[..., None]:
+        """Entry point of a variant; compiled or loaded when it is first needed."""
+        kernel = self.kernels.get(key)
+        if kernel is None:
+            from . import jit
+
+            module = jit.get_etap_mla_module(jit.EtapMlaVariant(*key))
+            validation.check_workspace_bytes(
+                self._workspace, module.workspace_bytes(self.device.index)
+            )
+            kernel = self.kernels[key] = module.run
+        return kernel
+
+
+def _checked_inputs(
+    problem: Problem,
+    inputs: tuple[Any, Any, Any, Any],
+    device: torch.device,
+    is_etap: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check queries and cache against the plan; return them as the kernel takes them."""
+    q_nope, q_pe, ckv, kpe = inputs
+    validation.check_queries(q_nope, q_pe, problem, device)
+    ckv, kpe = cache_format.checked_cache(ckv, kpe, problem, device)
+    if is_etap:
+        validation.check_kernel_queries(q_nope, q_pe)
+        cache_format.check_kernel_cache(ckv, kpe)
+    return q_nope, q_pe, ckv, kpe
