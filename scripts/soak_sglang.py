@@ -9,7 +9,7 @@ midway, requests that are aborted, and many that generate so much that the cache
 runs full and SGLang retracts requests and computes them again. Among them are greedy requests whose
 answers are known from two servers with SGLang's own backends: each must be as close to one of those
 as these are among themselves (that the comparison notices a prompt without one of its tokens is
-checked first). In the second half the GPU's memory must not grow, the log must have no error, and
+checked first). In the second half the GPU's memory must not keep growing, no error is logged, and
 at the end the server must be idle, healthy, answer as before, and end when told to. Writes
 results/<gpu>/soak.json.
 """
@@ -40,8 +40,10 @@ PEERS = ("flashmla", "triton")
 ROUNDS = 3  # of answers of each peer: rounding follows the batch
 WARM_UP = 0.5  # of the run, before memory is watched
 INTERVAL = 5.0  # seconds between samples of the memory
-# Above what a growing allocator may take at once, below what a lost 512 bytes a step come to.
-MEMORY_LIMIT_MIB = 64
+# What a growing allocator may take in a few steps; and, in each third of the second half, less than
+# 512 lost bytes of 200 decode steps a second come to.
+MEMORY_LIMIT_MIB = 256
+STEADY_LIMIT_MIB = 6
 SHUTDOWN_SECONDS = 60.0
 END_SECONDS = 50.0  # kept for the last requests, the checks at the end, and the shutdown
 
@@ -244,15 +246,22 @@ class Soak:
 
     def judge_memory(self, memory: list[int]) -> None:
         grown = observe.growth(memory, WARM_UP)
-        quarters = [memory[(len(memory) - 1) * n // 4] for n in range(5)]
+        steady = observe.steady_growth(memory, WARM_UP)
         self.found["memory_mib"] = {
-            "quarters": quarters,
+            "samples": memory,
             "growth_in_second_half": grown,
             "limit": MEMORY_LIMIT_MIB,
+            "steady_growth": steady,
+            "steady_limit": STEADY_LIMIT_MIB,
         }
         log(f"memory: {self.found['memory_mib']}")
         if grown > MEMORY_LIMIT_MIB:
             self.problem(f"the GPU's memory grew by {grown} MiB; allowed: {MEMORY_LIMIT_MIB}")
+        if steady > STEADY_LIMIT_MIB:
+            self.problem(
+                f"the GPU's memory grew by {steady} MiB or more in each third of the second half; "
+                f"allowed: {STEADY_LIMIT_MIB}"
+            )
 
     def check_end(self, etap: Server, reference: Reference) -> None:
         """Idle, healthy, right, no error in the log, and a shutdown in good order."""

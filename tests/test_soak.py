@@ -50,6 +50,19 @@ def test_memory_may_grow_while_the_server_warms_up():
     assert observe.growth([10, 500, 900, 900, 910, 905], 0.5) == 10
 
 
+@pytest.mark.parametrize(
+    ("memory", "grown"),
+    [
+        ([900] * 8 + [1000] * 8, 0),  # one step
+        ([900, 910, 920, 930, 940, 950, 960], 20),
+        ([900, 900, 910, 910, 910, 930, 930], 0),  # nothing in the middle
+        ([900], 0),
+    ],
+)
+def test_steps_of_an_allocator_are_not_a_leak(memory, grown):
+    assert observe.steady_growth(memory, 0.0) == grown
+
+
 # Traffic
 
 
@@ -249,16 +262,23 @@ def test_what_is_wrong_is_said(tmp_path, server):
     soak = make_soak(tmp_path)
     soak.found["samples"] = {}
     soak.judge_samples([(0, answer(-0.5, -1.0)), (0, answer(-2.5, -1.0))], reference())
-    soak.judge_memory([100] * 10 + [101, 166])
+    soak.judge_memory([100] * 10 + [101, 110, 120, 358])
     soak.judge_requests(traffic.Traffic(server, [], 0))
     assert [problem.split(" (")[0] for problem in soak.problems[:1]] == ["sample 0"]
     assert soak.problems[1:] == [
-        "the GPU's memory grew by 66 MiB; allowed: 64",
+        "the GPU's memory grew by 258 MiB; allowed: 256",
         "no request was aborted",
         "no request was disconnected",
     ]
     assert soak.found["samples"] == {"compared": 2, "beyond": 1, "retracted": 0}
-    assert soak.found["memory_mib"]["quarters"] == [100, 100, 100, 100, 166]
+    assert soak.found["memory_mib"]["steady_growth"] == 0
+
+
+def test_memory_that_keeps_growing_is_said(tmp_path):
+    soak = make_soak(tmp_path)
+    soak.judge_memory([1000 + 4 * second for second in range(20)])
+    (problem,) = soak.problems
+    assert problem.startswith("the GPU's memory grew by 12 MiB or more in each third")
 
 
 def test_peers_that_are_far_apart_or_notice_nothing_cannot_judge(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -83,10 +84,22 @@ def gpu_memory_mib() -> int:
 
 
 def growth(memory: list[int], warm_up: float) -> int:
-    """By how much memory grew after the first ``warm_up`` of the samples; negative if it fell.
+    """By how much memory grew after the first ``warm_up`` of the samples.
 
     The server's allocator never gives memory back, so the last sample is the largest unless
     something else changed; the largest is taken.
     """
     settled = memory[int(len(memory) * warm_up) :]
     return max(settled) - settled[0]
+
+
+def steady_growth(memory: list[int], warm_up: float) -> int:
+    """The least by which memory grew in any third of the time after the warm-up.
+
+    A leak grows in all of them. An allocator takes more when a batch is larger than any before,
+    in steps that become rare.
+    """
+    settled = memory[int(len(memory) * warm_up) :]
+    bounds = [(len(settled) - 1) * third // 3 for third in range(4)]
+    parts = [settled[begin : end + 1] for begin, end in itertools.pairwise(bounds)]
+    return min(growth(part, 0.0) for part in parts)
