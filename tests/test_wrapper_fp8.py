@@ -4,13 +4,14 @@ import math
 
 import fake_kernel
 import pytest
+import stock_stub
 import torch
 from fake_kernel import META, FakeKernel, Variant, plan_arguments, run_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wrapper_problem import PagedProblem
 
-from etap_flashinfer import BatchMLAPagedAttentionWrapper, mla, quantization, stock
+from etap_flashinfer import BatchMLAPagedAttentionWrapper, mla, quantization
 from etap_flashinfer.reference import mla_paged_attention
 
 FP8 = torch.float8_e4m3fn
@@ -258,51 +259,9 @@ def test_auto_takes_etap(kernel: FakeKernel, dtype: torch.dtype) -> None:
     assert kernel.loaded[0].kv_cache == "fp8"
 
 
-class StockWrapper:
-    """Takes everything and keeps it."""
-
-    def __init__(self, *arguments, backend: str) -> None:
-        self._backend = "fa2" if backend == "auto" else backend
-
-    def plan(
-        self,
-        qo_indptr,
-        kv_indptr,
-        kv_indices,
-        kv_len_arr,
-        num_heads,
-        head_dim_ckv,
-        head_dim_kpe,
-        page_size,
-        causal,
-        sm_scale,
-        q_data_type,
-        kv_data_type,
-        use_profiler=False,
-    ) -> None:
-        self.planned = kv_data_type
-
-    def run(
-        self,
-        q_nope,
-        q_pe,
-        ckv_cache,
-        kpe_cache,
-        return_lse=False,
-        return_lse_base_on_e=False,
-        *,
-        ckv_scale=None,
-        kpe_scale=None,
-    ) -> str:
-        return f"stock {ckv_scale} {kpe_scale}"
-
-
 @pytest.fixture
 def fake_stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Module:
-        BatchMLAPagedAttentionWrapper = StockWrapper
-
-    monkeypatch.setattr(stock, "import_flashinfer_mla", lambda: Module)
+    stock_stub.install(monkeypatch)
 
 
 @pytest.mark.usefixtures("fake_stock")
@@ -311,8 +270,9 @@ def test_stock_gets_codes(backend: str) -> None:
     mla._log_choice.cache_clear()
     wrapper = make_etap(backend)
     wrapper.plan(**plan_fp8("fp8_e4m3"))
-    assert wrapper._stock.planned == FP8
-    assert wrapper.run(**run_fp8(), ckv_scale=0.5, kpe_scale=2.0) == "stock 0.5 2.0"
+    assert wrapper._stock.planned["kv_data_type"] == FP8
+    assert wrapper.run(**run_fp8(), ckv_scale=0.5, kpe_scale=2.0) == "stock result"
+    assert (wrapper._stock.ran["ckv_scale"], wrapper._stock.ran["kpe_scale"]) == (0.5, 2.0)
 
 
 @pytest.mark.usefixtures("fake_stock", "kernel")
