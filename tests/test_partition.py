@@ -126,12 +126,14 @@ def test_every_tile_is_done_once_and_loads_are_even(partition, batch, num_ctas, 
     begins, ends = cut(partition, *problem)
 
     is_uniform = total == len(tiles) * longest
-    empty = 0 if is_uniform else empty_places
     all_places = [partition.places(*problem, own) for own in tiles]
-    is_padded = not is_uniform and all_places != [own + empty for own in tiles]
-    if is_padded:
+    are_alike = all_places == [longest] * len(tiles)  # or made so, by padding
+    if is_uniform:
+        assert are_alike
+    elif are_alike:
         assert empty_places > 0
-        assert all_places == [longest] * len(tiles)
+    else:
+        assert all_places == [own + empty_places for own in tiles]
     places = sum(all_places)
     assert partition.places_of_some(*problem, len(tiles), total) == places
     busy = [(b, e) for b, e in zip(begins, ends, strict=True) if b < e]
@@ -139,13 +141,13 @@ def test_every_tile_is_done_once_and_loads_are_even(partition, batch, num_ctas, 
     assert ends[-1] == places
     assert all(b == e for b, e in zip(begins[1:], ends[:-1], strict=True))  # no gap, no overlap
     loads = [e - b for b, e in busy]
-    even = -(-(total + empty * len(tiles)) // num_ctas)
-    if loads and not ((is_uniform or is_padded) and len(tiles) > num_ctas):
+    even = -(-(total + (0 if is_uniform else empty_places * len(tiles))) // num_ctas)
+    if loads and not (are_alike and len(tiles) > num_ctas):
         assert max(loads) - min(loads) <= 1
     # Whole row tiles for a CTA: the last one may have fewer of them. They may take as much longer
     # as the merge that they spare, and equal ranges 1/16.
     assert not loads or max(loads) <= even + even // 16 + 2 + rows // 16
-    if not (is_uniform or is_padded):
+    if not are_alike:
         assert len(busy) == min(num_ctas, places)
 
     for cta, (begin, end) in enumerate(busy):
