@@ -31,7 +31,7 @@ template <class Traits>
 __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   constexpr int32_t kRing = Traits::kRingBoxes;
   constexpr int32_t kBoxProducers = Traits::kKvLoader == KvLoader::kTma ? 1 : kGatherThreads;
-  static_assert(2 * kRing + 2 <= 64);
+  static_assert(2 * kRing + 3 <= 64);
   int32_t const i = int32_t(threadIdx.x) - (kThreads - 64);
   if (i < 0) return;
   if (i < kRing) {
@@ -42,6 +42,8 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
     Barrier::init(&shared.query_full, kQueryLoadThreads);
   } else if (i == 2 * kRing + 1) {
     Barrier::init(&shared.query_empty, kMathWarps);
+  } else if (i == 2 * kRing + 2) {
+    if constexpr (Traits::kExchangesRowSums) Barrier::init(&shared.row_sum_full, kMathWarps);
   }
   cutlass::arch::fence_barrier_init();
 }
