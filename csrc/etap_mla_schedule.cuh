@@ -66,9 +66,29 @@ __device__ __forceinline__ int32_t count_token_tiles(Request const& request) {
   return max((request.kv_len + kTokenTile - 1) / kTokenTile, 1);
 }
 
+// A worker is one CTA or, where every request has an even number of row tiles of 64, two, each on
+// one of two row tiles: they read the same tokens at the same time, which then come from DRAM once.
+template <int kRowTile>
+struct Worker {
+  int32_t log_ctas, index, rank, count;
+
+  __device__ __forceinline__ explicit Worker(Params const& params)
+      : log_ctas(log_row_tiles_together<kRowTile>(params)),
+        index(blockIdx.x >> log_ctas),
+        rank(blockIdx.x & ((1 << log_ctas) - 1)),
+        count(gridDim.x >> log_ctas) {}
+
+  // Of this CTA among those of the same rank, which may split a row tile: one after another.
+  __device__ __forceinline__ int32_t cta() const {
+    return index < count ? rank * count + index : blockIdx.x;
+  }
+};
+
+// Those that are done together count once.
 template <int kRowTile>
 __device__ __forceinline__ int32_t count_row_tiles(Params const& params, Request const& request) {
-  return (request.query_len * params.num_heads + kRowTile - 1) / kRowTile;
+  int32_t const row_tiles = (request.query_len * params.num_heads + kRowTile - 1) / kRowTile;
+  return row_tiles >> log_row_tiles_together<kRowTile>(params);
 }
 
 // Of all its row tiles.
@@ -147,9 +167,10 @@ __device__ __forceinline__ void add_over_cta(ScheduleScratch& scratch, WorkSums&
 
 // The descriptors that no beginning row tile will write: this CTA's, until it finds that it splits
 // one; in a batch-invariant call, those behind the last row tile's.
+template <int kRowTile>
 __device__ __forceinline__ void clear_merge_descriptors(Params const& params, int32_t row_tiles) {
   if (params.fixed_split_tiles == 0) {
-    if (threadIdx.x == kThreads - 1) params.merge_descriptors[blockIdx.x] = {};
+    if (threadIdx.x == kThreads - 1) params.merge_descriptors[Worker<kRowTile>(params).cta()] = {};
     return;
   }
   int32_t const stride = gridDim.x * kThreads;
@@ -178,11 +199,11 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   bool const is_batch_invariant = params.fixed_split_tiles > 0;
   // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
   if (is_batch_invariant && sums.tiles == kMaxTiles) sums = {};
-  clear_merge_descriptors(params, sums.row_tiles);
-  Partition const partition =
-      make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, gridDim.x, kRowTile,
-                     is_batch_invariant ? 0 : Traits::kEmptyPlaces);
-  auto const [begin, end] = partition.range(blockIdx.x);
+  clear_merge_descriptors<kRowTile>(params, sums.row_tiles);
+  Partition const partition = make_partition(
+      sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, Worker<kRowTile>(params).count,
+      kRowTile, is_batch_invariant ? 0 : Traits::kEmptyPlaces);
+  auto const [begin, end] = partition.range(Worker<kRowTile>(params).index);
   if (threadIdx.x == 0) {
     work.partition = partition;
     work.begin = begin;
@@ -247,13 +268,14 @@ class SegmentWalk {
     int32_t const row_tile = offset < places_of_row_tile ? 0 : offset / places_of_row_tile;
     // Negative in an empty place.
     int32_t const tile = offset - row_tile * places_of_row_tile - (places_of_row_tile - tiles);
-    segment.row_begin = row_tile * kRowTile;
+    Worker<kRowTile> const worker(params_);
+    segment.row_begin = ((row_tile << worker.log_ctas) + worker.rank) * kRowTile;
     segment.num_rows = min(kRowTile, request.query_len * params_.num_heads - segment.row_begin);
     segment.packed_row = request.query_begin * params_.num_heads + segment.row_begin;
     segment.tile_begin = max(tile, 0);
     segment.tile_end = tile + (work_.end - position_);
     if (segment.tile_end <= 0) return false;  // the range ends before the row tile's first tile
-    segment.slot = 2 * blockIdx.x + (segment.tile_begin == 0 ? 1 : 0);
+    segment.slot = 2 * worker.cta() + (segment.tile_begin == 0 ? 1 : 0);
     if (params_.fixed_split_tiles > 0) {
       FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
       // Index tensors that are wrong may have more.
@@ -282,9 +304,10 @@ class SegmentWalk {
       params_.merge_descriptors[row_tile_number()] = descriptor;
     } else if (!segment.ends_row_tile) {
       int32_t const row_tile_end = position_ - segment.tile_end + tiles;
-      int32_t const last_cta = work_.partition.cta_of(row_tile_end - 1);
-      descriptor.num_parts = min(last_cta, int32_t(gridDim.x) - 1) - int32_t(blockIdx.x) + 1;
-      params_.merge_descriptors[blockIdx.x] = descriptor;
+      Worker<kRowTile> const worker(params_);
+      int32_t const last = min(work_.partition.cta_of(row_tile_end - 1), worker.count - 1);
+      descriptor.num_parts = last - worker.index + 1;
+      params_.merge_descriptors[worker.cta()] = descriptor;
     }
   }
 

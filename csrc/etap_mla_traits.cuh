@@ -143,6 +143,7 @@ struct Params {
   int32_t fixed_split_tiles;    // of a part, in batch-invariant calls; 0 in others
   int32_t most_row_tiles;       // FixedSplitBound, in batch-invariant calls
   int32_t most_parts;
+  int32_t log_row_tiles_together;
   int32_t num_heads;
   int32_t total_queries;
   int32_t num_pages;
@@ -177,6 +178,13 @@ struct Params {
   float2* partial_ml;  // [slots, row_tile]: running maximum (base 2) and sum
   MergeDescriptor* merge_descriptors;  // [num_ctas], or [most_row_tiles]
 };
+
+// Where every request has an even number of row tiles of 64, two CTAs work together, each on one of
+// two row tiles: they read the same tokens at the same time, which then come from DRAM once.
+template <int kRowTile>
+__device__ __forceinline__ int32_t log_row_tiles_together(Params const& params) {
+  return kRowTile == 64 ? params.log_row_tiles_together : 0;
+}
 
 template <typename DType_, int kRowTile_, KvLoader kKvLoader_>
 struct EtapMlaTraits {
