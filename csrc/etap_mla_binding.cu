@@ -101,6 +101,12 @@ int64_t workspace_bytes(int64_t device) {
   return plan_workspace(prepare_device(device)).total();
 }
 
+// What calls keep of their schedules for the next one.
+int64_t schedule_bytes(int64_t device) {
+  tvm::ffi::CUDADeviceGuard const guard(device);
+  return prepare_device(device) * int64_t(sizeof(KeptSchedule));
+}
+
 int64_t fixed_split_workspace_bytes(int64_t total_queries, int64_t batch, int64_t num_heads,
                                     int64_t num_kv_indices, int64_t page_size,
                                     int64_t fixed_split_tiles) {
@@ -192,10 +198,11 @@ T* pointer(TensorView const& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ckv, TensorView kpe,
-         TensorView qo_indptr, TensorView kv_indptr, TensorView kv_indices, TensorView kv_len_arr,
-         TensorView out, Optional<TensorView> lse, bool causal, double sm_scale, bool lse_base_e,
-         double ckv_scale, double kpe_scale, int64_t fixed_split_tiles) {
+void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorView q_pe,
+         TensorView ckv, TensorView kpe, TensorView qo_indptr, TensorView kv_indptr,
+         TensorView kv_indices, TensorView kv_len_arr, TensorView out, Optional<TensorView> lse,
+         bool causal, double sm_scale, bool lse_base_e, double ckv_scale, double kpe_scale,
+         int64_t fixed_split_tiles) {
   int32_t const device = q_nope.device().device_id;
   tvm::ffi::CUDADeviceGuard const guard(device);
   int32_t const num_ctas = prepare_device(device);
@@ -212,6 +219,9 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   TVM_FFI_CHECK(workspace.numel() >= plan.total(), ValueError)
       << "float_workspace_buffer has " << workspace.numel() << " bytes; " << plan.total()
       << " are needed" << (is_batch_invariant ? " for the parts that fixed_split_size makes" : "");
+  TVM_FFI_CHECK(schedule.numel() >= num_ctas * int64_t(sizeof(KeptSchedule)), ValueError)
+      << "the buffer of the schedule has " << schedule.numel() << " bytes; "
+      << num_ctas * int64_t(sizeof(KeptSchedule)) << " are needed";
   TVM_FFI_CHECK(plan.partial_out_bytes / int64_t(sizeof(float)) <= INT32_MAX, ValueError)
       << "with this fixed_split_size the parts' results take " << plan.partial_out_bytes
       << " bytes; at most 8 GiB are allowed";
@@ -279,6 +289,21 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
   params.merge_descriptors =
       reinterpret_cast<MergeDescriptor*>(bytes + plan.partial_out_bytes + plan.partial_ml_bytes);
 
+  params.kept_schedules = pointer<KeptSchedule>(schedule);
+  int32_t const schedule_key[kScheduleKeyWords] = {
+      kRowTile | Traits::kEmptyPlaces << 8 | int32_t(kKvCache) << 16,
+      num_ctas,
+      params.batch,
+      params.num_heads,
+      params.total_queries,
+      params.num_kv_indices,
+      params.page_size,
+      params.causal | params.log_row_tiles_together << 1,
+      params.fixed_split_tiles,
+      params.most_row_tiles,
+      params.most_parts};
+  std::copy_n(schedule_key, kScheduleKeyWords, params.schedule_key);
+
   CUtensorMap ckv_map = {}, kpe_map = {};
   if constexpr (kKvLoader == KvLoader::kTma) {
     int32_t const boxes_per_copy = Traits::kBoxesPerPair == 0    ? 0
@@ -301,4 +326,5 @@ void run(TensorView workspace, TensorView q_nope, TensorView q_pe, TensorView ck
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, etap::run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, etap::workspace_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(schedule_bytes, etap::schedule_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fixed_split_workspace_bytes, etap::fixed_split_workspace_bytes);

@@ -43,7 +43,7 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   } else if (i == 2 * kRing + 1) {
     Barrier::init(&shared.query_empty, kMathWarps);
   } else if (i == 2 * kRing + 2) {
-    if constexpr (Traits::kExchangesRowSums) Barrier::init(&shared.row_sum_full, kMathWarps);
+    if constexpr (Traits::kExchangesRowSums) Barrier::init(&shared.row_sum_full, kMathThreads);
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -62,14 +62,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&ckv_map));
     prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&kpe_map));
   }
-  prefetch_index_tensors(params);
+  prefetch_schedule(params);
   // So far this may have run beside the end of the kernel before; from here on its results count.
   cudaGridDependencySynchronize();
   // The merge kernel's CTAs may take their places as ours leave; they wait for our results.
   cudaTriggerProgrammaticLaunchCompletion();
-  find_cta_work<Traits>(params, shared.schedule, work);
-  __syncthreads();
-  if (work.begin >= work.end) return;
+  schedule_cta<Traits>(params, shared.schedule, work);
+  if (!work.has_segment) return;
 
   if (threadIdx.x >= kMathThreads) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();

@@ -161,7 +161,7 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
   Segment const& segment = walk.segment;
-  while (walk.next()) {
+  do {
     auto place_in = [&](int32_t tile) -> TokenPlace {
       bool const has_group = lane < groups && tile < segment.tile_end;
       int32_t const token = tile * kTokenTile + lane * rows_per_copy;
@@ -181,7 +181,7 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
       }
       ring = ring.after(Traits::Boxes::kPerTile);
     }
-  }
+  } while (walk.next());
 }
 
 // Swizzled place of 16-byte chunk `chunk` of row `row` in a box, in elements of 2 bytes.
@@ -213,7 +213,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   SegmentWalk<Traits::kRowTile> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
   Segment const& segment = walk.segment;
-  while (walk.next()) {
+  do {
     auto place_in = [&](int32_t tile) {
       return find_token(params, segment.request, tile * kTokenTile + first_token + lane);
     };
@@ -266,7 +266,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
       }
       ring = ring.after(Boxes::kPerTile);
     }
-  }
+  } while (walk.next());
   // The copies must not outlive the threads that issued them.
   cutlass::arch::cp_async_wait<0>();
 }
@@ -284,9 +284,8 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
 
   SegmentWalk<Traits::kRowTile> walk(params, work);
   Segment& segment = walk.segment;
-  uint32_t number = 0;
-  for (bool has_segment = true; has_segment; ++number) {
-    has_segment = walk.next();
+  bool has_segment = true;
+  for (uint32_t number = 0;; ++number) {
     if (!has_segment) segment.tile_end = segment.tile_begin;  // the end
     Barrier::wait(&shared.query_empty, number & 1 ^ 1);
 #pragma unroll 1
@@ -315,6 +314,8 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     cutlass::arch::cp_async_wait<0>();
     cutlass::arch::fence_view_async_shared();
     Barrier::arrive(&shared.query_full);
+    if (!has_segment) break;
+    has_segment = walk.next();
   }
 }
 

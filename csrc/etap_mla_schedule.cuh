@@ -3,8 +3,11 @@
  *
  * Who works on what, found on the GPU from the index tensors as they are when the kernel runs. A
  * captured CUDA graph therefore follows changed lengths, pages and page tables by itself, and
- * nothing is ever copied to the host. Every CTA does this before its first load, so it is kept
- * short: one round trip to memory, one barrier, 32-bit divisions.
+ * nothing is ever copied to the host. Every CTA does this before its first load, so it is short:
+ *
+ *   load what the call before kept, and the requests as they are: one trip to memory
+ *   all as in that call (a step's layers differ in their caches alone)? then so is the work
+ *   otherwise find the work (one barrier, 32-bit divisions), and keep it
  */
 #pragma once
 
@@ -27,13 +30,21 @@ __device__ __forceinline__ RawRequest load_request(Params const& params, int32_t
           params.kv_indptr[index + 1], params.kv_len_arr[index]};
 }
 
-// Brings the index tensors to L2 while the kernel before still runs. It may be writing them: L2 is
-// where its results appear, and nothing is read yet. A line of 128 bytes a thread; where there are
-// more, the first ones have to do.
-__device__ __forceinline__ void prefetch_index_tensors(Params const& params) {
-  auto prefetch = [](int32_t const* address) {
+// Brings index tensors and kept schedule to L2 while the kernel before still runs. It may be
+// writing them: L2 is where its results appear, and nothing is read yet. A line of 128 bytes a
+// thread; where there are more, the first ones have to do.
+__device__ __forceinline__ void prefetch_schedule(Params const& params) {
+  auto prefetch = [](void const* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
   };
+  KeptSchedule const& kept = params.kept_schedules[blockIdx.x];
+  if (threadIdx.x == 0) prefetch(&kept);
+  if (threadIdx.x == 1) prefetch(&kept.work.segment.begins_row_tile);  // in the second line
+  int32_t const request = threadIdx.x * 8;
+  if (request < min(params.batch, kThreads)) {
+    prefetch(&kept.offsets[request]);
+    if (threadIdx.x % 4 == 0) prefetch(&kept.kv_len[request]);
+  }
   int32_t const first = (blockIdx.x * kThreads + threadIdx.x) * 32;
   if (first < params.num_kv_indices) prefetch(params.kv_indices + first);
   if (first >= params.batch) return;
@@ -165,88 +176,39 @@ __device__ __forceinline__ void add_over_cta(ScheduleScratch& scratch, WorkSums&
   before.row_tiles = saturating_add(before.row_tiles, warps_before.row_tiles);
 }
 
-// The descriptors that no beginning row tile will write: this CTA's, until it finds that it splits
-// one; in a batch-invariant call, those behind the last row tile's.
-template <int kRowTile>
-__device__ __forceinline__ void clear_merge_descriptors(Params const& params, int32_t row_tiles) {
-  if (params.fixed_split_tiles == 0) {
-    if (threadIdx.x == kThreads - 1) params.merge_descriptors[Worker<kRowTile>(params).cta()] = {};
-    return;
-  }
-  int32_t const stride = gridDim.x * kThreads;
-  int64_t i = int64_t(row_tiles) + blockIdx.x * kThreads + threadIdx.x;
-  for (; i < params.most_row_tiles; i += stride) params.merge_descriptors[i] = {};
-}
-
-// Run by all threads of the CTA together; `work` is there for all after the next barrier. Up to 32
-// requests, every warp looks at all of them, one a lane, and needs no other warp. Of more, thread t
-// counts the t-th of kThreads equal shares.
-template <class Traits>
-__device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, CtaWork& work) {
-  constexpr int kRowTile = Traits::kRowTile;
-  bool const is_small = params.batch <= 32;
-  int32_t const requests = params.requests_per_thread;
-  int32_t const first = is_small ? int32_t(threadIdx.x) % 32 : int32_t(threadIdx.x) * requests;
-  WorkSums sums = {};
-  Request request;
-  for (int32_t i = 0; i < requests; ++i) {
-    request = clamp_request(params, load_request(params, first + i));
-    add_request<kRowTile>(params, request, sums);
-  }
-  WorkSums const own = sums;
-  WorkSums before = add_over_warp(sums);
-  if (!is_small) add_over_cta(scratch, sums, before);
-  bool const is_batch_invariant = params.fixed_split_tiles > 0;
-  // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
-  if (is_batch_invariant && sums.tiles == kMaxTiles) sums = {};
-  clear_merge_descriptors<kRowTile>(params, sums.row_tiles);
-  Partition const partition = make_partition(
-      sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, Worker<kRowTile>(params).count,
-      kRowTile, is_batch_invariant ? 0 : Traits::kEmptyPlaces);
-  auto const [begin, end] = partition.range(Worker<kRowTile>(params).index);
-  if (threadIdx.x == 0) {
-    work.partition = partition;
-    work.begin = begin;
-    work.end = end;
-  }
-  int32_t place = partition.places_of_row_tiles(before.row_tiles, before.tiles);
-  int32_t const places = partition.places_of_row_tiles(own.row_tiles, own.tiles);
-  if (begin < place || begin >= saturating_add(place, places)) return;
-  int32_t index = first;  // this thread's share holds the CTA's first place
-  if (requests > 1) {
-    request = clamp_request(params, load_request(params, index));
-    while (begin >= saturating_add(place, count_places<kRowTile>(params, request, partition))) {
-      place += count_places<kRowTile>(params, request, partition);
-      before.row_tiles += count_row_tiles<kRowTile>(params, request);
-      request = clamp_request(params, load_request(params, ++index));
-    }
-  }
-  // In a small batch a thread of every warp gets here, each with the same to say.
-  work.first_request = index;
-  work.first_request_begin = place;
-  work.row_tiles_before = before.row_tiles;
-  work.request = request;
-}
-
-// Walks the segments of one CTA. Both loaders walk for themselves and see the same ones; the math
-// warpgroups are told by the loader of the queries.
+// Walks the segments of one CTA, from the one in its work on. Both loaders walk for themselves and
+// see the same ones; the math warpgroups are told by the loader of the queries.
 template <int kRowTile>
 class SegmentWalk {
  public:
-  Segment segment;  // the current one, once next() returned true
+  Segment segment;
 
   __device__ SegmentWalk(Params const& params, CtaWork const& work)
-      : params_(params),
+      : segment(work.segment),
+        params_(params),
         work_(work),
-        position_(work.begin),
-        request_begin_(work.first_request_begin),
+        position_(work.position),
+        request_begin_(work.request_begin),
         row_tiles_before_(work.row_tiles_before),
-        index_(work.first_request) {
-    segment.request = work.request;
+        index_(work.request_index) {
     next_request_ = load_request(params, index_ + 1);
-    if (params.fixed_split_tiles > 0) skip_part_begun_before();
   }
 
+  // The work, of which position and request are known, with its first segment.
+  __device__ static CtaWork begin(Params const& params, CtaWork const& unwalked) {
+    SegmentWalk walk(params, unwalked);
+    if (params.fixed_split_tiles > 0) walk.skip_part_begun_before();
+    CtaWork work = unwalked;
+    work.has_segment = walk.next();
+    work.position = walk.position_;
+    work.request_begin = walk.request_begin_;
+    work.row_tiles_before = walk.row_tiles_before_;
+    work.request_index = walk.index_;
+    work.segment = walk.segment;
+    return work;
+  }
+
+  // Goes on to the next segment; false if there is none.
   __device__ bool next() {
     if (position_ >= work_.end) return false;
     Request& request = segment.request;
@@ -334,5 +296,134 @@ class SegmentWalk {
   int32_t index_;
   RawRequest next_request_;
 };
+
+// Of a call that is not batch-invariant: the descriptor of this CTA, until it finds that it splits
+// a row tile.
+template <int kRowTile>
+__device__ __forceinline__ void clear_own_merge_descriptor(Params const& params) {
+  if (params.fixed_split_tiles > 0 || threadIdx.x != kThreads - 1) return;
+  params.merge_descriptors[Worker<kRowTile>(params).cta()] = {};
+}
+
+// Of a batch-invariant call: the descriptors behind the last row tile's.
+__device__ __forceinline__ void clear_merge_descriptors_behind(Params const& params,
+                                                               int32_t row_tiles) {
+  if (params.fixed_split_tiles == 0) return;
+  int32_t const stride = gridDim.x * kThreads;
+  int64_t i = int64_t(row_tiles) + blockIdx.x * kThreads + threadIdx.x;
+  for (; i < params.most_row_tiles; i += stride) params.merge_descriptors[i] = {};
+}
+
+// Whether the call before had the same problem and requests; then `work` is what it kept. Run by
+// all threads together, and a barrier for them, if there are no more requests than threads. `own`
+// is the request of this thread.
+__device__ __forceinline__ bool recall_cta_work(Params const& params, RawRequest const& own,
+                                                CtaWork& work) {
+  if (params.requests_per_thread > 1) return false;
+  KeptSchedule const& kept = params.kept_schedules[blockIdx.x];
+  int32_t const thread = threadIdx.x;
+  constexpr int32_t kWorkWords = sizeof(CtaWork) / sizeof(int4);
+  bool is_same = true;
+  if (thread < params.batch) {
+    // Past L1, which may hold what a CTA before the last one kept.
+    int4 const offsets = __ldcg(&kept.offsets[thread]);
+    int32_t const kv_len = __ldcg(&kept.kv_len[thread]);
+    is_same = offsets.x == own.query_begin && offsets.y == own.query_end &&
+              offsets.z == own.page_begin && offsets.w == own.page_end && kv_len == own.kv_len;
+  }
+  if (thread < kScheduleKeyWords) {
+    is_same = is_same && __ldcg(&kept.key[thread]) == params.schedule_key[thread];
+  }
+  if (thread < kWorkWords) {
+    reinterpret_cast<int4*>(&work)[thread] =
+        __ldcg(reinterpret_cast<int4 const*>(&kept.work) + thread);
+  }
+  return __syncthreads_and(is_same);
+}
+
+// For the next call, once `work` is there for all.
+__device__ __forceinline__ void keep_cta_work(Params const& params, RawRequest const& own,
+                                              CtaWork const& work) {
+  if (params.requests_per_thread > 1) return;
+  KeptSchedule& kept = params.kept_schedules[blockIdx.x];
+  int32_t const thread = threadIdx.x;
+  constexpr int32_t kWorkWords = sizeof(CtaWork) / sizeof(int4);
+  if (thread < params.batch) {
+    kept.offsets[thread] = {own.query_begin, own.query_end, own.page_begin, own.page_end};
+    kept.kv_len[thread] = own.kv_len;
+  }
+  if (thread < kScheduleKeyWords) kept.key[thread] = params.schedule_key[thread];
+  if (thread < kWorkWords) {
+    reinterpret_cast<int4*>(&kept.work)[thread] = reinterpret_cast<int4 const*>(&work)[thread];
+  }
+}
+
+// Run by all threads of the CTA together; `work` is there for all after the next barrier. Up to 32
+// requests, the first warp looks at all of them, one a lane, and needs no other warp. Of more,
+// thread t counts the t-th of kThreads equal shares.
+template <class Traits>
+__device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, CtaWork& work) {
+  constexpr int kRowTile = Traits::kRowTile;
+  bool const is_small = params.batch <= 32;
+  if (is_small && threadIdx.x >= 32) return;
+  int32_t const requests = params.requests_per_thread;
+  int32_t const first = int32_t(threadIdx.x) * requests;
+  WorkSums sums = {};
+  Request request;
+  for (int32_t i = 0; i < requests; ++i) {
+    request = clamp_request(params, load_request(params, first + i));
+    add_request<kRowTile>(params, request, sums);
+  }
+  WorkSums const own = sums;
+  WorkSums before = add_over_warp(sums);
+  if (!is_small) add_over_cta(scratch, sums, before);
+  bool const is_batch_invariant = params.fixed_split_tiles > 0;
+  // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
+  if (is_batch_invariant && sums.tiles == kMaxTiles) sums = {};
+  Worker<kRowTile> const worker(params);
+  Partition const partition =
+      make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, worker.count,
+                     kRowTile, is_batch_invariant ? 0 : Traits::kEmptyPlaces);
+  auto const [begin, end] = partition.range(worker.index);
+  CtaWork found = {};
+  found.partition = partition;
+  found.row_tiles = sums.row_tiles;
+  if (begin >= end && threadIdx.x == 0) work = found;
+  int32_t place = partition.places_of_row_tiles(before.row_tiles, before.tiles);
+  int32_t const places = partition.places_of_row_tiles(own.row_tiles, own.tiles);
+  if (begin >= end || begin < place || begin >= saturating_add(place, places)) return;
+  int32_t index = first;  // this thread's share holds the CTA's first place
+  if (requests > 1) {
+    request = clamp_request(params, load_request(params, index));
+    int32_t places_of_request = count_places<kRowTile>(params, request, partition);
+    while (begin >= saturating_add(place, places_of_request)) {
+      place += places_of_request;
+      before.row_tiles += count_row_tiles<kRowTile>(params, request);
+      request = clamp_request(params, load_request(params, ++index));
+      places_of_request = count_places<kRowTile>(params, request, partition);
+    }
+  }
+  found.end = end;
+  found.position = begin;
+  found.request_begin = place;
+  found.request_index = index;
+  found.row_tiles_before = before.row_tiles;
+  found.segment.request = request;
+  work = SegmentWalk<kRowTile>::begin(params, found);
+}
+
+// The CTA's work, there for all threads when this returns.
+template <class Traits>
+__device__ __forceinline__ void schedule_cta(Params const& params, ScheduleScratch& scratch,
+                                             CtaWork& work) {
+  clear_own_merge_descriptor<Traits::kRowTile>(params);
+  RawRequest const own = load_request(params, threadIdx.x);
+  if (!recall_cta_work(params, own, work)) {
+    find_cta_work<Traits>(params, scratch, work);
+    __syncthreads();
+    keep_cta_work(params, own, work);
+  }
+  clear_merge_descriptors_behind(params, work.row_tiles);
+}
 
 }  // namespace etap

@@ -103,15 +103,30 @@ struct Segment {
   __device__ bool is_whole() const { return begins_row_tile && ends_row_tile; }
 };
 
-// What one CTA does: tiles [begin, end) of the line, the first of which lies in `first_request`,
-// whose own tiles begin at `first_request_begin`.
-struct CtaWork {
+// What one CTA does: a range of the line. Its first segment, and where the walk over the others
+// stands behind that one.
+struct alignas(16) CtaWork {
   Partition partition;
-  int32_t begin, end;
-  int32_t first_request_begin;
-  int32_t first_request;
-  int32_t row_tiles_before;  // the first request's
-  Request request;           // the first
+  int32_t end;               // of the range
+  int32_t position;          // behind the segment
+  int32_t request_begin;     // of the segment's request on the line
+  int32_t request_index;     // of that request
+  int32_t row_tiles_before;  // the request's
+  int32_t row_tiles;         // of the whole call
+  int32_t has_segment;       // 0: there is nothing to do
+  Segment segment;
+};
+
+// Of everything but the requests that a schedule depends on.
+constexpr int kScheduleKeyWords = 12;
+
+// What a CTA keeps of a call for the next one, which is like it but for the layer, most of the
+// time. Larger batches than that of one request a thread are not kept.
+struct alignas(128) KeptSchedule {
+  int32_t key[kScheduleKeyWords];
+  CtaWork work;
+  alignas(128) int4 offsets[kThreads];  // of each request: its queries' and pages' begin and end
+  int32_t kv_len[kThreads];
 };
 
 // Sums of each warp, while the schedule is made: tiles, row tiles, longest row tile.
@@ -139,9 +154,11 @@ struct Params {
   int32_t const* kv_indices;  // [num_kv_indices]
   int32_t num_kv_indices;
   int32_t batch;
-  int32_t requests_per_thread;  // ceil(batch / kThreads)
-  int32_t fixed_split_tiles;    // of a part, in batch-invariant calls; 0 in others
-  int32_t most_row_tiles;       // FixedSplitBound, in batch-invariant calls
+  int32_t requests_per_thread;   // ceil(batch / kThreads)
+  KeptSchedule* kept_schedules;  // [num_ctas], zeros at first
+  int32_t schedule_key[kScheduleKeyWords];
+  int32_t fixed_split_tiles;  // of a part, in batch-invariant calls; 0 in others
+  int32_t most_row_tiles;     // FixedSplitBound, in batch-invariant calls
   int32_t most_parts;
   int32_t log_row_tiles_together;
   int32_t num_heads;
