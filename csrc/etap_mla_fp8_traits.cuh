@@ -32,7 +32,6 @@ struct EtapMlaFp8Traits {
       CacheBoxes<uint8_t, 128, kHeadDimKpe*(kHasTokenScales ? int(sizeof(KpeElement)) : 1)>;
 
   static constexpr int kEmptyPlaces = kRowTile == 64 ? 4 : 2;  // as in EtapMlaTraits
-  static constexpr bool kExchangesRowSums = false;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
@@ -65,7 +64,8 @@ struct EtapMlaFp8Traits {
     int const operands = (cosize_v<LayoutQ> + cosize_v<LayoutP>)*int(sizeof(Operand));
     int const statistics = (4 + kMathWarps) * kRowTile * int(sizeof(float));
     int const fixed = operands + statistics +
-                      int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) + 64;
+                      int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) +
+                      int(2 * sizeof(SplitRowTile)) + 64;
     int const box = Boxes::kElements + 16;
     if (!kHasTokenScales) return (kSharedMemoryLimit - fixed) / box;
     int const low_part = 1024 + (kQueryPeParts - 1) * kRowTile * kHeadDimKpe * 2;
@@ -102,6 +102,7 @@ struct EtapMlaFp8Traits {
     uint64_t query_full, query_empty;
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
+    SplitRowTile split_row_tiles[2];  // as in EtapMlaTraits
     ScheduleScratch schedule;
   };
 

@@ -9,7 +9,7 @@
  *   math warpgroups   each token tile: S^T = K Q^T;  P^T = softmax;  O^T += V^T P^T
  *                     end of segment:  O^T / l transposed -> out, or O^T, m, l in fp32 ->
  *                                      workspace if other CTAs share the row tile
- *   merge kernel      (etap_mla_merge.cuh) joins what CTAs left in the workspace
+ *                     at last:         with those CTAs, join the parts (etap_mla_merge.cuh)
  *
  * The math differs: etap_mla_math.cuh up to 32 rows, etap_mla_rows_math.cuh for 64, which fill M
  * themselves (S = Q K^T, O = P V), etap_mla_fp8_math.cuh for an fp8 cache.
@@ -21,6 +21,7 @@
 #include "etap_mla_fp8_math.cuh"
 #include "etap_mla_loader.cuh"
 #include "etap_mla_math.cuh"
+#include "etap_mla_merge.cuh"
 #include "etap_mla_rows_math.cuh"
 
 namespace etap {
@@ -31,7 +32,7 @@ template <class Traits>
 __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   constexpr int32_t kRing = Traits::kRingBoxes;
   constexpr int32_t kBoxProducers = Traits::kKvLoader == KvLoader::kTma ? 1 : kGatherThreads;
-  static_assert(2 * kRing + 3 <= 64);
+  static_assert(2 * kRing + 2 <= 64);
   int32_t const i = int32_t(threadIdx.x) - (kThreads - 64);
   if (i < 0) return;
   if (i < kRing) {
@@ -42,8 +43,6 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
     Barrier::init(&shared.query_full, kQueryLoadThreads);
   } else if (i == 2 * kRing + 1) {
     Barrier::init(&shared.query_empty, kMathWarps);
-  } else if (i == 2 * kRing + 2) {
-    if constexpr (Traits::kExchangesRowSums) Barrier::init(&shared.row_sum_full, kMathThreads);
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -65,9 +64,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   prefetch_schedule(params);
   // So far this may have run beside the end of the kernel before; from here on its results count.
   cudaGridDependencySynchronize();
-  // The merge kernel's CTAs may take their places as ours leave; they wait for our results.
+  // The next kernel's CTAs may take their places as ours leave; they wait for our results.
   cudaTriggerProgrammaticLaunchCompletion();
-  schedule_cta<Traits>(params, shared.schedule, work);
+  schedule_cta<Traits>(params, shared);
   if (!work.has_segment) return;
 
   if (threadIdx.x >= kMathThreads) {
@@ -89,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
       MathWarpgroup<Traits>(params, shared).run();
     }
+    if (params.fixed_split_tiles == 0) merge_split_row_tiles<Traits>(params, shared);
   }
 }
 

@@ -273,7 +273,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
 
 // Two warps. Loads the row tile's queries, whatever their strides, into the order of the boxes:
 // pe first. Rows that do not exist become zeros. With the queries goes the segment they belong to;
-// and the merge kernel hears of a row tile that later CTAs continue.
+// and what the merge has to know of it.
 template <class Traits>
 __device__ void load_queries(Params const& params, typename Traits::SharedStorage& shared,
                              CtaWork const& work) {
@@ -309,7 +309,7 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     cutlass::arch::cp_async_fence();
     if (thread == 0) {
       shared.segments[number & 1] = segment;
-      if (has_segment) walk.write_merge_descriptor();
+      if (has_segment) walk.describe_split(shared.split_row_tiles);
     }
     cutlass::arch::cp_async_wait<0>();
     cutlass::arch::fence_view_async_shared();

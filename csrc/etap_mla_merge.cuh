@@ -1,20 +1,23 @@
 /*
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
- * Joins the parts of row tiles that several CTAs of the attention kernel shared:
+ * Joins the parts of row tiles that several CTAs shared:
  *
  *   M = max m_p,  L = sum 2^(m_p - M) l_p,  O = sum 2^(m_p - M) O_p / L,  LSE = M + log2 L
  *
  * A unit is one accumulator fragment of a warp (16 columns of d_v x 8 rows). The warps of a CTA
  * take a unit each or, with warps to spare, share the parts of a unit, each with an M of its own
  * until the shares are added; with more units than warps, a warp takes a box of four side by side.
- * Whatever a warp needs it finds by itself: this kernel is nothing but latency, two trips to memory
- * (descriptors; parts) and, for shares, one barrier.
  *
- * In batch-invariant calls the number of shares, and so the order of all sums, depends on the
- * number of parts alone; where there are more warps than shares, some have nothing to do.
+ * The CTAs that have the parts do it at the end of the attention kernel, each a share of the units;
+ * in batch-invariant calls, where a CTA has parts of any row tiles, a kernel of its own does
+ * (etap_mla_merge_kernel.cuh). In batch-invariant calls the number of shares, and so the order of
+ * all sums, depends on the number of parts alone; where there are more warps than shares, some have
+ * nothing to do.
  */
 #pragma once
+
+#include <cuda/atomic>
 
 #include "etap_mla_output.cuh"
 
@@ -22,8 +25,8 @@ namespace etap {
 
 constexpr int kMergeWarps = 8;
 constexpr int kMergeThreads = kMergeWarps * 32;
+static_assert(kMergeThreads == kMathThreads, "the attention kernel's math threads merge, too");
 constexpr int kMergeCtasPerSm = 2;
-constexpr int kMaxCtas = 160;  // of the attention kernel: one an SM, of which Hopper has 144
 
 // Some parts of kUnits neighbouring units joined. A lane has two rows, 2 * (lane % 4) and the next.
 template <int kUnits>
@@ -77,112 +80,59 @@ class Merge {
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kUnitsPerBlock = kCkvBoxes * 4;  // of 8 rows: boxes x warps of a warpgroup
-  static constexpr int kUnitsPerRowTile = kRowBlocks * kUnitsPerBlock;
   static constexpr int kPartsInFlight = 8;
   static constexpr int kUnitsOfBox = 4;  // side by side: 64 columns
   static constexpr int kPartsInFlightOfBox = 3;
-  static constexpr int kDescriptorsPerLane = kMaxCtas / 32;
   static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
 
  public:
+  static constexpr int kUnitsPerRowTile = kRowBlocks * kUnitsPerBlock;
+
   struct SharedStorage {
     JoinedParts<1> shares[kMergeWarps][32];
   };
 
-  __device__ Merge(Params const& params, SharedStorage& shared)
-      : params_(params), shared_(shared) {}
+  // For CTA `rank` of `count` that share the units.
+  __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count)
+      : params_(params), shared_(shared), rank_(rank), count_(count) {}
 
-  // A rehearsal goes through the code with nothing to join, while the attention kernel still runs:
-  // afterwards its instructions and constants are in the caches.
-  __device__ void run(int32_t num_descriptors, bool is_rehearsal) {
-    // Only batch-invariant calls may have more descriptors than a warp keeps.
+  // Of one row tile, by the CTAs that have its parts.
+  __device__ void join_row_tile(SplitRowTile const& split) {
+    auto const find = [&split](int32_t) { return split; };
+    if (kUnitsPerRowTile > count_ * kMergeWarps) {
+      int32_t box = warp_ * count_ + rank_;
 #pragma unroll 1
-    for (first_descriptor_ = 0;; first_descriptor_ += kMaxCtas) {
-      join_row_tiles(is_rehearsal ? 0 : num_descriptors, is_rehearsal);
-      if (is_rehearsal || num_descriptors - first_descriptor_ <= kMaxCtas) break;
+      for (; box < kUnitsPerRowTile / kUnitsOfBox; box += count_ * kMergeWarps) {
+        join_box(split, box);
+      }
+    } else {
+      join_units(kUnitsPerRowTile, 3, find);
+    }
+  }
+
+  // Units of several row tiles: `find` gives the i-th of these. At most 1 << most_log_units units
+  // at once in a CTA; as few as leave none to a second round.
+  template <class Find>
+  __device__ void join_units(int32_t num_units, int32_t most_log_units, Find const& find) {
+    int32_t log_units = 0;
+    while (log_units < most_log_units && num_units > count_ << log_units) ++log_units;
+    int32_t first = rank_ << log_units;
+    for (; first < num_units; first += count_ << log_units) {
+      int32_t const unit = first + (warp_ & ((1 << log_units) - 1));
+      join(find(unit / kUnitsPerRowTile), unit % kUnitsPerRowTile, log_units);
     }
   }
 
  private:
   __device__ bool is_batch_invariant() const { return params_.fixed_split_tiles > 0; }
 
-  // Of the descriptors from first_descriptor_ on, as many as a warp keeps.
-  __device__ void join_row_tiles(int32_t num_descriptors, bool is_rehearsal) {
-    int32_t const split_row_tiles = load_descriptors(num_descriptors);
-    int32_t const num_units = split_row_tiles * kUnitsPerRowTile;
-    if (num_units > int32_t(gridDim.x) * kMergeWarps && !is_batch_invariant()) {
-      join_boxes(split_row_tiles * (kUnitsPerRowTile / kUnitsOfBox));
-      return;
-    }
-    // Units that a CTA joins at once: the fewest that leave none to a second round.
-    int32_t const most_log_units = is_batch_invariant() ? 3 - log_merge_shares(most_parts()) : 3;
-    int32_t log_units = 0;
-    while (log_units < most_log_units && num_units > int32_t(gridDim.x) << log_units) ++log_units;
-    int32_t first = blockIdx.x << log_units;
-    int32_t const end = is_rehearsal ? first + 1 : num_units;
-    for (; first < end; first += gridDim.x << log_units) {
-      join(first + (warp_ & ((1 << log_units) - 1)), log_units);
-    }
-  }
-
-  // Lane l keeps descriptors l, l + 32, ...; returns how many row tiles were split.
-  __device__ int32_t load_descriptors(int32_t num_descriptors) {
-    int32_t split_row_tiles = 0;
-#pragma unroll
-    for (int32_t i = 0; i < kDescriptorsPerLane; ++i) {
-      int32_t const number = first_descriptor_ + i * 32 + lane_;
-      descriptors_[i] =
-          number < num_descriptors ? params_.merge_descriptors[number] : MergeDescriptor{};
-    }
-#pragma unroll
-    for (int32_t i = 0; i < kDescriptorsPerLane; ++i) {
-      split_row_tiles += __popc(__ballot_sync(0xffffffff, descriptors_[i].num_parts > 0));
-    }
-    return split_row_tiles;
-  }
-
-  // Of the row tile that has most.
-  __device__ int32_t most_parts() const {
-    int32_t most = 0;
-#pragma unroll
-    for (int32_t i = 0; i < kDescriptorsPerLane; ++i) most = max(most, descriptors_[i].num_parts);
-    return __reduce_max_sync(0xffffffff, most);
-  }
-
-  struct SplitRowTile {
-    MergeDescriptor descriptor;
-    int32_t number;  // of the descriptor: the first CTA or, in batch-invariant calls, the row tile
-  };
-
-  // The split row tile number `number`, in the order of descriptors.
-  __device__ SplitRowTile find_split_row_tile(int32_t number) const {
-    SplitRowTile found = {};
-    int32_t before = 0;
-#pragma unroll
-    for (int32_t i = 0; i < kDescriptorsPerLane; ++i) {
-      bool const is_split = descriptors_[i].num_parts > 0;
-      uint32_t const mask = __ballot_sync(0xffffffff, is_split);
-      int32_t const rank = before + __popc(mask & ((1u << lane_) - 1));
-      uint32_t const owner = __ballot_sync(0xffffffff, is_split && rank == number);
-      if (owner != 0) {
-        int32_t const source = __ffs(owner) - 1;
-        found.descriptor.num_parts = __shfl_sync(0xffffffff, descriptors_[i].num_parts, source);
-        found.descriptor.num_rows = __shfl_sync(0xffffffff, descriptors_[i].num_rows, source);
-        found.descriptor.packed_row = __shfl_sync(0xffffffff, descriptors_[i].packed_row, source);
-        found.number = first_descriptor_ + i * 32 + source;
-      }
-      before += __popc(mask);
-    }
-    return found;
-  }
-
-  // Units are numbered row tile, block of 8 rows, box of d_v, warp. Warp w of the CTA works on the
-  // parts w >> log_units, + num_shares, ... of its unit, if there are so many shares.
-  __device__ void join(int32_t unit, int32_t log_units) {
+  // Units are numbered block of 8 rows, box of d_v, warp. Warp w of the CTA works on the parts w >>
+  // log_units, + num_shares, ... of its unit, if there are so many shares.
+  __device__ void join(SplitRowTile const& split, int32_t unit, int32_t log_units) {
     int32_t const share = warp_ >> log_units;
-    int32_t const row_block = unit / kUnitsPerBlock % kRowBlocks;
+    int32_t const row_block = unit / kUnitsPerBlock;
     int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
-    auto const [descriptor, number] = find_split_row_tile(unit / kUnitsPerRowTile);
+    MergeDescriptor const& descriptor = split.descriptor;
     int32_t const num_shares = is_batch_invariant() ? 1 << log_merge_shares(descriptor.num_parts)
                                                     : kMergeWarps >> log_units;
 
@@ -190,7 +140,8 @@ class Merge {
     int32_t const first_part = share < num_shares ? share : descriptor.num_parts;
     for (int32_t part = first_part; part < descriptor.num_parts;
          part += kPartsInFlight * num_shares) {
-      join_parts<kPartsInFlight>(joined, descriptor.num_parts, slots_of(number), part, num_shares,
+      join_parts<kPartsInFlight>(joined, descriptor.num_parts, slots_of(split.number), part,
+                                 num_shares,
                                  partial_index<kRowTile>(0, box, row_block, fragment_warp, lane_),
                                  row_block * 8 + 2 * (lane_ % 4));
     }
@@ -208,25 +159,17 @@ class Merge {
       }
       if (box == 0 && fragment_warp == 0) write_lse(joined, descriptor, row_block);
     }
-    if (has_other_warps) __syncthreads();  // the next units use the same shared memory
+    if (has_other_warps) sync();  // the next units use the same shared memory
   }
 
-  // Each warp takes boxes of four units, with all parts.
-  __device__ void join_boxes(int32_t num_boxes) {
-    int32_t box = warp_ * gridDim.x + blockIdx.x;
-#pragma unroll 1
-    for (; box < num_boxes; box += gridDim.x * kMergeWarps) join_box(box);
-  }
-
-  // Boxes are numbered as units are.
-  __device__ void join_box(int32_t number_of_box) {
+  // Four units, with all parts; numbered as units are.
+  __device__ void join_box(SplitRowTile const& split, int32_t number_of_box) {
     int32_t const box = number_of_box % kCkvBoxes;
-    int32_t const row_block = number_of_box / kCkvBoxes % kRowBlocks;
-    auto const [descriptor, number] =
-        find_split_row_tile(number_of_box / (kUnitsPerRowTile / kUnitsOfBox));
+    int32_t const row_block = number_of_box / kCkvBoxes;
+    MergeDescriptor const& descriptor = split.descriptor;
     auto joined = JoinedParts<kUnitsOfBox>::none();
     for (int32_t part = 0; part < descriptor.num_parts; part += kPartsInFlightOfBox) {
-      join_parts<kPartsInFlightOfBox>(joined, descriptor.num_parts, slots_of(number), part, 1,
+      join_parts<kPartsInFlightOfBox>(joined, descriptor.num_parts, slots_of(split.number), part, 1,
                                       partial_index<kRowTile>(0, box, row_block, 0, lane_),
                                       row_block * 8 + 2 * (lane_ % 4));
     }
@@ -272,10 +215,10 @@ class Merge {
       float const* const source = params_.partial_out + slot * (kHeadDimCkv * kRowTile) + index;
 #pragma unroll
       for (int32_t unit = 0; unit < kUnits; ++unit) {
-        parts[i].sum[unit] = *reinterpret_cast<float4 const*>(source + unit * 32 * 4);
+        parts[i].sum[unit] = __ldcg(reinterpret_cast<float4 const*>(source + unit * 32 * 4));
       }
       float4 const ml =
-          *reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row);
+          __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row));
       parts[i].max = {ml.x, ml.z};
       parts[i].total = {ml.y, ml.w};
     }
@@ -293,7 +236,7 @@ class Merge {
   __device__ void add_shares(JoinedParts<1>& joined, int32_t share, int32_t num_shares,
                              int32_t log_units) {
     shared_.shares[warp_][lane_] = joined;
-    __syncthreads();
+    sync();
     if (share > 0) return;
     int32_t const end = num_shares << log_units;
     for (int32_t warp = warp_ + (1 << log_units); warp < end; warp += 1 << log_units) {
@@ -319,26 +262,50 @@ class Merge {
     }
   }
 
+  __device__ static void sync() { cutlass::arch::NamedBarrier::sync(kMergeThreads, kMathBarrier); }
+
   Params const& params_;
   SharedStorage& shared_;
+  int32_t const rank_, count_;
   int32_t const warp_ = threadIdx.x / 32;
   int32_t const lane_ = threadIdx.x % 32;
-  int32_t first_descriptor_ = 0;
-  MergeDescriptor descriptors_[kDescriptorsPerLane];
 };
 
+// A CTA's math threads join the row tiles that it shares with others, once all parts are there. The
+// CTAs of a row tile wait for each other, so all must be running: a grid has no more than there are
+// SMs, and each has room for one.
 template <class Traits>
-__global__ void __launch_bounds__(kMergeThreads, kMergeCtasPerSm)
-    etap_mla_merge_kernel(__grid_constant__ Params const params, int32_t num_descriptors) {
-  __shared__ typename Merge<Traits>::SharedStorage shared;
-  Merge<Traits> merge(params, shared);
-#pragma unroll 1  // so that the rehearsal runs the same instructions
-  for (bool is_rehearsal = true;; is_rehearsal = false) {
-    merge.run(num_descriptors, is_rehearsal);
-    if (!is_rehearsal) break;
-    // The next kernel of a chain of dependent launches may set itself up beside this one.
-    cudaTriggerProgrammaticLaunchCompletion();
-    cudaGridDependencySynchronize();
+__device__ void merge_split_row_tiles(Params const& params,
+                                      typename Traits::SharedStorage& shared) {
+  SplitRowTile const(&splits)[2] = shared.split_row_tiles;
+  if (splits[0].descriptor.num_parts == 0 && splits[1].descriptor.num_parts == 0) return;
+  auto sync = [] { cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier); };
+  auto count = [](uint32_t& counter) {
+    return cuda::atomic_ref<uint32_t, cuda::thread_scope_device>(counter);
+  };
+  bool const is_first = threadIdx.x == 0;
+  sync();  // now all have written their parts, and the ring is free
+#pragma unroll
+  for (SplitRowTile const& split : splits) {
+    if (!is_first || split.descriptor.num_parts == 0) continue;
+    count(params.kept_schedules[split.number].arrived).fetch_add(1, cuda::memory_order_release);
+  }
+#pragma unroll 1
+  for (SplitRowTile const& split : splits) {
+    uint32_t const num_parts = split.descriptor.num_parts;
+    if (num_parts == 0) continue;
+    KeptSchedule& counters = params.kept_schedules[split.number];
+    if (is_first) {
+      while (count(counters.arrived).load(cuda::memory_order_acquire) != num_parts) continue;
+    }
+    sync();
+    auto& scratch = *reinterpret_cast<typename Merge<Traits>::SharedStorage*>(shared.ring);
+    Merge<Traits>(params, scratch, split.part, num_parts).join_row_tile(split);
+    if (is_first &&
+        count(counters.left).fetch_add(1, cuda::memory_order_relaxed) == num_parts - 1) {
+      counters.arrived = 0;
+      counters.left = 0;
+    }
   }
 }
 

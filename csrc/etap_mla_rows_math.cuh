@@ -405,10 +405,7 @@ class RowsMathWarpgroup {
       row_sum_[i] += __shfl_xor_sync(0xffffffff, row_sum_[i], 2);
       if (lane_ % 4 == 0) sums[warpgroup_][row(i)] = row_sum_[i];
     }
-    // An mbarrier at which every thread arrives: in anything less racecheck sees no order
-    // (scripts/TUNING.md).
-    Barrier::arrive(&shared_.row_sum_full);
-    Barrier::wait(&shared_.row_sum_full, segment_number_ & 1);
+    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) row_sum_[i] = sums[0][row(i)] + sums[1][row(i)];
 

@@ -21,7 +21,6 @@ struct RowsMlaTraits {
   static constexpr int kRowTile = 64;  // packed rows (query x head) on WGMMA's M
 
   static constexpr int kEmptyPlaces = 4;  // as in EtapMlaTraits
-  static constexpr bool kExchangesRowSums = true;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 224;
@@ -84,9 +83,10 @@ struct RowsMlaTraits {
     float row_sum[2][kMathWarpgroups][kRowTile];  // [segment number % 2], at a segment's end
     ScheduleScratch schedule;
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
-    uint64_t query_full, query_empty, row_sum_full;
+    uint64_t query_full, query_empty;
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
+    SplitRowTile split_row_tiles[2];  // as in EtapMlaTraits
   };
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };

@@ -254,22 +254,24 @@ class SegmentWalk {
     return true;
   }
 
-  // What the merge kernel has to know of a row tile that begins with this segment: that later CTAs
-  // continue it or, in a batch-invariant call, how many parts it has.
-  __device__ void write_merge_descriptor() const {
-    if (!segment.begins_row_tile) return;
+  // What the merge has to know of the segment's row tile, if it is split.
+  __device__ void describe_split(SplitRowTile (&split_row_tiles)[2]) const {
     MergeDescriptor descriptor = {0, segment.num_rows, segment.packed_row};
     int32_t const tiles = count_token_tiles(segment.request);
     if (params_.fixed_split_tiles > 0) {
+      if (!segment.begins_row_tile) return;
       int32_t const num_parts = make_fixed_split(tiles, params_.fixed_split_tiles).num_parts();
       descriptor.num_parts = num_parts > 1 ? num_parts : 0;
       params_.merge_descriptors[row_tile_number()] = descriptor;
-    } else if (!segment.ends_row_tile) {
-      int32_t const row_tile_end = position_ - segment.tile_end + tiles;
+    } else if (!segment.is_whole()) {
       Worker<kRowTile> const worker(params_);
-      int32_t const last = min(work_.partition.cta_of(row_tile_end - 1), worker.count - 1);
-      descriptor.num_parts = last - worker.index + 1;
-      params_.merge_descriptors[worker.cta()] = descriptor;
+      int32_t const row_tile_begin = position_ - segment.tile_end;
+      int32_t const last = work_.partition.cta_of(row_tile_begin + tiles - 1);
+      int32_t const first =
+          segment.begins_row_tile ? worker.index : work_.partition.cta_of(row_tile_begin);
+      int32_t const part = worker.index - first;
+      descriptor.num_parts = min(last, worker.count - 1) - first + 1;
+      split_row_tiles[segment.begins_row_tile] = {descriptor, worker.cta() - part, part};
     }
   }
 
@@ -296,14 +298,6 @@ class SegmentWalk {
   int32_t index_;
   RawRequest next_request_;
 };
-
-// Of a call that is not batch-invariant: the descriptor of this CTA, until it finds that it splits
-// a row tile.
-template <int kRowTile>
-__device__ __forceinline__ void clear_own_merge_descriptor(Params const& params) {
-  if (params.fixed_split_tiles > 0 || threadIdx.x != kThreads - 1) return;
-  params.merge_descriptors[Worker<kRowTile>(params).cta()] = {};
-}
 
 // Of a batch-invariant call: the descriptors behind the last row tile's.
 __device__ __forceinline__ void clear_merge_descriptors_behind(Params const& params,
@@ -414,12 +408,13 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
 
 // The CTA's work, there for all threads when this returns.
 template <class Traits>
-__device__ __forceinline__ void schedule_cta(Params const& params, ScheduleScratch& scratch,
-                                             CtaWork& work) {
-  clear_own_merge_descriptor<Traits::kRowTile>(params);
+__device__ __forceinline__ void schedule_cta(Params const& params,
+                                             typename Traits::SharedStorage& shared) {
+  CtaWork& work = shared.work;
+  if (threadIdx.x < 2) shared.split_row_tiles[threadIdx.x] = {};
   RawRequest const own = load_request(params, threadIdx.x);
   if (!recall_cta_work(params, own, work)) {
-    find_cta_work<Traits>(params, scratch, work);
+    find_cta_work<Traits>(params, shared.schedule, work);
     __syncthreads();
     keep_cta_work(params, own, work);
   }

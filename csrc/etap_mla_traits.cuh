@@ -127,6 +127,11 @@ struct alignas(128) KeptSchedule {
   CtaWork work;
   alignas(128) int4 offsets[kThreads];  // of each request: its queries' and pages' begin and end
   int32_t kv_len[kThreads];
+
+  // Not kept, but zeros between calls: CTAs that have written their parts of the row tile that is
+  // split first in this CTA, and those that know that all have.
+  alignas(128) uint32_t arrived;
+  uint32_t left;
 };
 
 // Sums of each warp, while the schedule is made: tiles, row tiles, longest row tile.
@@ -139,11 +144,19 @@ struct RunningMax {
   float max, factor;
 };
 
-// What the first CTA of a split row tile tells the merge kernel; num_parts is 0 for none.
+// A split row tile; num_parts is 0 for none.
 struct alignas(16) MergeDescriptor {
-  int32_t num_parts;   // of which CTAs c, c + 1, ... hold one each, unless batch-invariant
+  int32_t num_parts;
   int32_t num_rows;    // rows of the tile that exist
   int32_t packed_row;  // of its first row: query * num_heads + head over the whole batch
+};
+
+// `number`: the CTA that has the first of the parts, of which CTAs c, c + 1, ... hold one each; in
+// a batch-invariant call, the row tile.
+struct SplitRowTile {
+  MergeDescriptor descriptor;
+  int32_t number;
+  int32_t part;  // this CTA's
 };
 
 struct Params {
@@ -155,7 +168,7 @@ struct Params {
   int32_t num_kv_indices;
   int32_t batch;
   int32_t requests_per_thread;   // ceil(batch / kThreads)
-  KeptSchedule* kept_schedules;  // [num_ctas], zeros at first
+  KeptSchedule* kept_schedules;  // [num_ctas], zeros before the first call
   int32_t schedule_key[kScheduleKeyWords];
   int32_t fixed_split_tiles;  // of a part, in batch-invariant calls; 0 in others
   int32_t most_row_tiles;     // FixedSplitBound, in batch-invariant calls
@@ -193,7 +206,7 @@ struct Params {
   // batch-invariant calls part p of row tile r has slot r * most_parts + p.
   float* partial_out;  // [slots, 512 * row_tile], in the order of accumulator fragments
   float2* partial_ml;  // [slots, row_tile]: running maximum (base 2) and sum
-  MergeDescriptor* merge_descriptors;  // [num_ctas], or [most_row_tiles]
+  MergeDescriptor* merge_descriptors;  // [most_row_tiles], in batch-invariant calls
 };
 
 // Where every request has an even number of row tiles of 64, two CTAs work together, each on one of
@@ -216,7 +229,6 @@ struct EtapMlaTraits {
   // In the schedule, before each of the row tiles of a call where they differ in length: with so
   // many, calls were fastest (scripts/TUNING.md).
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
-  static constexpr bool kExchangesRowSums = false;  // by an mbarrier
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 216;
@@ -242,7 +254,8 @@ struct EtapMlaTraits {
     int const query = kRowTile * (kHeadDimCkv + kHeadDimKpe) * int(sizeof(DType));
     int const sums = kMathWarpgroups * kRowTile * 4 * int(sizeof(float));
     int const statistics = kRowTile * (2 * int(sizeof(RunningMax)) + 4 * int(sizeof(float)));
-    int const fixed = query + sums + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork)) + 64;
+    int const fixed = query + sums + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork)) +
+                      int(2 * sizeof(SplitRowTile)) + 64;
     return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
   }();
   static_assert(kRingBoxes > 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
@@ -281,6 +294,7 @@ struct EtapMlaTraits {
     uint64_t query_full, query_empty;
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
+    SplitRowTile split_row_tiles[2];  // that began before this CTA's range, and that goes on behind
   };
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };
