@@ -22,11 +22,15 @@ class Executor:
     ----------
     kernels : dict
         Entry points of the kernel's variants that were used so far.
+    schedule : torch.Tensor or None
+        What the kernel keeps between calls: see :func:`make_schedule`. One for all variants, made
+        with the first of them.
     """
 
     def __init__(self, workspace: torch.Tensor) -> None:
         self.kernels: dict[planning.VariantKey, Callable[..., None]] = {}
         self.device = workspace.device
+        self.schedule: torch.Tensor | None = None
         self._workspace = workspace
 
     def run(
@@ -107,6 +111,7 @@ class Executor:
             query_len = -(-out.shape[0] // plan.batch_size)
         self.kernel(plan, query_len)(
             self._workspace,
+            self.schedule,
             *inputs,
             *plan.index,
             out,
@@ -136,8 +141,40 @@ class Executor:
             validation.check_workspace_bytes(
                 self._workspace, module.workspace_bytes(self.device.index)
             )
+            if self.schedule is None:
+                num_bytes = module.schedule_bytes(self.device.index)
+                self.schedule = make_schedule(num_bytes, self.device)
             kernel = self.kernels[key] = module.run
         return kernel
+
+
+def make_schedule(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory in which the kernel keeps its schedule, for one caller whose calls do not overlap.
+
+    Nobody but the kernel writes it: each CTA takes what it finds there for its own, if it was made
+    from the very numbers of this call. So it is no part of a workspace, which wrappers may share.
+
+    Parameters
+    ----------
+    num_bytes : int
+        What the module's ``schedule_bytes`` asks for.
+    device : torch.device
+        Of the kernel.
+
+    Returns
+    -------
+    torch.Tensor
+        Zeros, uint8, shape ``[num_bytes]``.
+    """
+    schedule = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            # The first call may be on another stream, where it could meet half of the zeros behind
+            # half of what the memory's last owner, perhaps another kernel of ours, left there.
+            # A capture allows no waiting, and its replays come after it.
+            if not torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream().synchronize()
+    return schedule
 
 
 def _checked_inputs(

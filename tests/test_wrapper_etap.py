@@ -18,8 +18,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     return fake_kernel.install(monkeypatch)
 
 
-def make_wrapper(backend: str = "etap", **arguments) -> BatchMLAPagedAttentionWrapper:
-    workspace = torch.empty(fake_kernel.WORKSPACE_BYTES, dtype=torch.int8, device=META)
+def make_wrapper(
+    backend: str = "etap", device: torch.device | str = META, **arguments
+) -> BatchMLAPagedAttentionWrapper:
+    workspace = torch.empty(fake_kernel.WORKSPACE_BYTES, dtype=torch.int8, device=device)
     return BatchMLAPagedAttentionWrapper(workspace, backend=backend, **arguments)
 
 
@@ -31,10 +33,11 @@ def test_kernel_gets_its_arguments_in_order(kernel: FakeKernel) -> None:
     out, lse = wrapper.run(**inputs, return_lse=True, return_lse_base_on_e=True)
     ((variant, arguments),) = kernel.calls
     assert variant == Variant(torch.bfloat16, 16, "tma")
-    workspace, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse = arguments[:11]
-    scalars = list(arguments[11:])
+    workspace, schedule, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse = arguments[:12]
+    scalars = list(arguments[12:])
     assert workspace.dtype == torch.uint8
     assert workspace.shape == (fake_kernel.WORKSPACE_BYTES,)
+    assert schedule is wrapper._executor.schedule
     for tensor, name in zip((q_nope, q_pe, ckv, kpe), inputs, strict=True):
         assert tensor is inputs[name]
     for tensor, name in zip(
@@ -120,7 +123,34 @@ def test_without_lse_the_kernel_gets_none(kernel: FakeKernel) -> None:
     wrapper.plan(**plan_arguments())
     result = wrapper.run(**run_inputs())
     assert isinstance(result, torch.Tensor)
-    assert kernel.calls[0][1][10] is None
+    assert kernel.calls[0][1][11] is None
+
+
+def test_a_wrapper_has_one_schedule_buffer(kernel: FakeKernel) -> None:
+    """Zeros at first, given to every call of every plan and variant, and to no other wrapper's."""
+    wrapper = make_wrapper(device="cpu")
+    assert wrapper._executor.schedule is None
+    wrapper.plan(**plan_arguments())
+    schedule = wrapper._executor.schedule
+    assert schedule.dtype == torch.uint8
+    assert schedule.shape == (fake_kernel.SCHEDULE_BYTES,)
+    assert schedule.device.type == "cpu"
+    assert not schedule.any()
+    schedule.fill_(7)  # as the kernel would
+    for heads in (16, 16, 128):
+        wrapper.plan(**plan_arguments(num_heads=heads))
+        for _ in range(2):
+            wrapper.run(**run_inputs(num_heads=heads, device="cpu"))
+    assert len(kernel.loaded) == 2
+    assert all(arguments[1] is schedule for _, arguments in kernel.calls)
+    assert (schedule == 7).all()
+    other = BatchMLAPagedAttentionWrapper(wrapper._float_workspace_buffer, backend="etap")
+    other.plan(**plan_arguments())
+    other.run(**run_inputs(device="cpu"))
+    _, (workspace, others_schedule, *_) = kernel.calls[-1]
+    assert workspace.data_ptr() == wrapper._float_workspace_buffer.data_ptr()
+    assert others_schedule is not schedule
+    assert not others_schedule.any()
 
 
 def test_out_and_lse_buffers_reach_the_kernel(kernel: FakeKernel) -> None:
@@ -129,15 +159,15 @@ def test_out_and_lse_buffers_reach_the_kernel(kernel: FakeKernel) -> None:
     out = torch.empty(2, 16, 1024, dtype=torch.bfloat16, device=META)[..., :512]
     lse = torch.empty(2, 16, device=META)
     assert wrapper.run(**run_inputs(), out=out, lse=lse) is out
-    assert kernel.calls[0][1][9] is out
-    assert kernel.calls[0][1][10] is lse
+    assert kernel.calls[0][1][10] is out
+    assert kernel.calls[0][1][11] is lse
 
 
 def test_cpu_index_tensors_are_moved_to_the_device(kernel: FakeKernel) -> None:
     wrapper = make_wrapper()
     wrapper.plan(**plan_arguments())
     wrapper.run(**run_inputs())
-    assert all(tensor.device == META for tensor in kernel.calls[0][1][5:9])
+    assert all(tensor.device == META for tensor in kernel.calls[0][1][6:10])
 
 
 @pytest.mark.parametrize("index_device", ["cpu", "meta"])
@@ -152,7 +182,7 @@ def test_graph_buffers_are_what_the_kernel_gets(kernel: FakeKernel, index_device
     for _ in range(2):
         wrapper.plan(**plan_arguments(index_device=index_device))
         wrapper.run(**run_inputs())
-        for tensor, buffer in zip(kernel.calls[-1][1][5:9], buffers.values(), strict=True):
+        for tensor, buffer in zip(kernel.calls[-1][1][6:10], buffers.values(), strict=True):
             assert tensor is buffer
 
 
