@@ -322,7 +322,7 @@ skip_softmax, use_sinks
             plan = planning.make_plan(checked, lse_mode, given, self.device, self._graph_buffers)
             plan.problem_key = key
             if alike is not None:
-                plan.kernels = alike.kernels
+                plan.take_over(alike)
             if self.backend == "etap":
                 # Compiled, if need be, now and not in the first run, perhaps under graph capture.
                 self._executor.kernel(plan, 1 if plan.max_query_len is None else plan.max_query_len)
@@ -413,22 +413,15 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
         ValueError, TypeError
             If an argument is not as planned or as above; nothing has been launched then.
         """
-        options = {
-            "profiler_buffer": profiler_buffer,
-            "kv_len": kv_len,
-            "page_table": page_table,
-            "o_scale": o_scale,
-            "ckv_scale_arr": ckv_scale_arr,
-            "sinks": sinks,
-            "skip_softmax_threshold_scale_factor": skip_softmax_threshold_scale_factor,
-            "bmm1_scale": bmm1_scale,
-            "bmm2_scale": bmm2_scale,
-        }
         # Stock FlashInfer's cutlass backend alone runs without a plan.
         if not self._is_planned and self._requested_backend != "cutlass":
             raise RuntimeError("run() was called before plan(), or after a plan() that failed")
         if self._checked_index is not None:
             self._checked_index.check_run(_leading(q_nope, query), _leading(ckv_cache, kv_cache))
+        options = (  # in the order of STOCK_RUN_OPTIONS
+            *(profiler_buffer, kv_len, page_table, o_scale, ckv_scale_arr, sinks),
+            *(skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale),
+        )
         if self._stock is not None:
             inputs = {
                 "q_nope": q_nope,
@@ -444,7 +437,9 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
                 "ckv_scale": ckv_scale,
                 "kpe_scale": kpe_scale,
             }
-            return self._run_stock(inputs | options)
+            return self._run_stock(
+                inputs | dict(zip(validation.STOCK_RUN_OPTIONS, options, strict=True))
+            )
         plan = self._plan
         assert plan is not None
         problem = plan.problem

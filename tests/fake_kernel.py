@@ -31,6 +31,7 @@ class FakeKernel:
     def __init__(self) -> None:
         self.loaded: list[Variant] = []
         self.calls: list[tuple[Variant, tuple[Any, ...]]] = []
+        self.converted: list[torch.Tensor] = []  # by argument_converter's function
         self.fixed_splits: list[tuple[int, ...]] = []  # whose workspace was asked for
 
     def load(self, variant: Variant) -> SimpleNamespace:
@@ -41,6 +42,10 @@ class FakeKernel:
             schedule_bytes=lambda device_index: SCHEDULE_BYTES,
             fixed_split_workspace_bytes=self._fixed_split_workspace_bytes,
         )
+
+    def convert(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.converted.append(tensor)
+        return tensor
 
     def _fixed_split_workspace_bytes(self, *arguments: int) -> int:
         self.fixed_splits.append(arguments)
@@ -53,6 +58,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     module = ModuleType("etap_flashinfer.jit")
     module.EtapMlaVariant = Variant  # type: ignore[attr-defined]
     module.get_etap_mla_module = kernel.load  # type: ignore[attr-defined]
+    module.argument_converter = lambda: kernel.convert  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "etap_flashinfer.jit", module)
     monkeypatch.setattr(etap_flashinfer, "jit", module, raising=False)
     monkeypatch.setattr(dispatch, "etap_device_refusal", lambda device: None)

@@ -80,6 +80,74 @@ def test_every_run_is_checked_whatever_ran_before(kernel: FakeKernel, name: str)
     assert len(kernel.calls) == 3
 
 
+def test_every_result_buffer_is_checked_whatever_ran_before(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    out = torch.empty(2, 16, 512, dtype=torch.bfloat16, device=META)
+    lse = torch.empty(2, 16, device=META)
+    good = {"out": out, "lse": lse}
+    for _ in range(2):
+        wrapper.run(**run_inputs(), **good)
+    wide = out.new_empty(2, 16, 516)
+    for name, bad, message in (
+        ("out", out.half(), "torch.float16"),
+        ("out", out[:1], r"\[1, 16, 512\]"),
+        ("out", wide[..., :512], "multiples of 8 elements"),
+        ("out", out[:1].expand(2, 16, 512), "must not share memory"),
+        ("out", "tensor", "is a str"),
+        ("lse", lse.double(), "torch.float64"),
+        ("lse", lse.t(), r"\[16, 2\]"),
+        ("lse", torch.empty(16, 2, device=META).t(), "must be contiguous"),
+        ("lse", (), "is a tuple"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrapper.run(**run_inputs(), **(good | {name: bad}))
+    wrapper.run(**run_inputs(), **good)
+    assert len(kernel.calls) == 3
+
+
+def test_a_plan_like_the_last_one_knows_the_total_of_queries(kernel: FakeKernel) -> None:
+    """What a plan takes over from another of the same problem follows its own index tensors."""
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments((1, 1)))
+    wrapper.run(**run_inputs(2))
+    wrapper.plan(**plan_arguments((1, 2)))
+    with pytest.raises(ValueError, match="q_nope holds 2 queries; planned: 3"):
+        wrapper.run(**run_inputs(2))
+    wrapper.plan(**plan_arguments((0, 2)))
+    wrapper.run(**run_inputs(2))
+    assert [variant.row_tile for variant, _ in kernel.calls] == [16, 32]
+
+
+def test_what_calls_share_is_converted_once(kernel: FakeKernel) -> None:
+    """Workspace and schedule once for a wrapper, index tensors once for a plan."""
+    wrapper = make_wrapper()
+    for number in range(3):
+        planned = plan_arguments(index_device=META)
+        wrapper.plan(**planned)
+        for _ in range(3):
+            wrapper.run(**run_inputs())
+        assert len(kernel.converted) == 2 + 4 * (number + 1)
+        names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
+        for tensor, name in zip(kernel.converted[-4:], names, strict=True):
+            assert tensor is planned[name]
+    assert kernel.converted[1] is wrapper._executor.schedule
+
+
+def test_a_converted_tensor_shares_and_keeps_the_memory() -> None:
+    tvm_ffi = pytest.importorskip("tvm_ffi")
+    from etap_flashinfer import jit
+
+    tensor = torch.arange(6, dtype=torch.int32)[2:]
+    converted = jit.argument_converter()(tensor)
+    assert isinstance(converted, tvm_ffi.Tensor)
+    assert converted.data_ptr() == tensor.data_ptr()
+    view = torch.from_dlpack(converted)
+    tensor[0] = 7
+    del tensor
+    assert view.tolist() == [7, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     "change",
     [

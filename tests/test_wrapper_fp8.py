@@ -214,7 +214,9 @@ def test_kernel_gets_codes_as_bytes_and_two_scales(
     assert arguments[-3:-1] == (0.5, 3.0)
     assert all(isinstance(scale, float) for scale in arguments[-3:-1])
     wrapper.run(**inputs)
-    assert kernel.calls[1][1][-3:-1] == (1.0, 1.0)
+    arguments = kernel.calls[1][1]
+    assert arguments[-3:-1] == (1.0, 1.0)
+    assert [pool.dtype for pool in arguments[4:6]] == [torch.uint8] * 2
 
 
 @pytest.mark.parametrize("backend", ["etap", "auto"])
