@@ -35,7 +35,8 @@ class BatchMLAPagedAttentionWrapper:
     that tokens and not the few query rows fill the 64 rows of the tensor core instruction (ETAP,
     arXiv 2506.01969).
 
-    A wrapper shares no mutable state with another; calls on one wrapper must not overlap.
+    A wrapper shares no mutable state with another, but for the workspace that it is given; calls on
+    one wrapper, or on wrappers with one workspace, must not overlap.
 
     Parameters
     ----------
@@ -178,11 +179,13 @@ class BatchMLAPagedAttentionWrapper:
     ) -> None:
         """Take the index tensors and the shape of the problem for the calls of ``run`` that follow.
 
-        For ETAP nothing is copied from the GPU and no stream is synchronised: the kernel makes its
-        schedule on the GPU from the index tensors as they are when it runs. Index tensors on the
-        wrapper's device are referenced, not copied (copied into the caller's buffers with
-        ``use_cuda_graph``); those on the CPU are copied to the device, and their values checked. As
-        with FlashInfer, a pinned CPU tensor is copied asynchronously.
+        For ETAP nothing is copied from the GPU and no stream is synchronised (but once, by the
+        first plan of a wrapper): the kernel makes its schedule on the GPU from the index tensors as
+        they are when it runs. It keeps the schedule, and takes it again in calls that find the same
+        numbers in them. Index tensors on the wrapper's device are referenced, not copied (copied
+        into the caller's buffers with ``use_cuda_graph``): their elements may change, their memory
+        may not (``resize_``). Those on the CPU are copied to the device, and their values checked.
+        As with FlashInfer, a pinned CPU tensor is copied asynchronously.
 
         Parameters
         ----------
@@ -368,7 +371,8 @@ skip_softmax, use_sinks
         """Attend from the queries to the planned requests' tokens.
 
         The ETAP kernel runs on PyTorch's current stream of the wrapper's device and can be captured
-        in a CUDA graph. A query that sees no token gets output 0 and LSE -inf.
+        in a CUDA graph, which the wrapper must outlive. A query that sees no token gets output 0
+        and LSE -inf.
 
         Parameters
         ----------
