@@ -140,6 +140,11 @@ def checked_cache(
         )
     if problem.kv_cache_format is None:
         return ckv_cache, kpe_cache
+    return as_bytes(ckv_cache, kpe_cache)
+
+
+def as_bytes(ckv_cache: torch.Tensor, kpe_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An fp8 cache in the format ``"fp8_e4m3"`` as kernel and reference take it."""
     return ckv_cache.view(torch.uint8), kpe_cache.view(torch.uint8)
 
 

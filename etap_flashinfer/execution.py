@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import cache_format, planning, reference, validation
-from .planning import Plan
+from .planning import CheckedCall, IndexTensors, Plan
 from .validation import Problem
 
 
@@ -22,12 +22,22 @@ class Executor:
     ----------
     kernels : dict
         Entry points of the kernel's variants that were used so far.
+    schedule : torch.Tensor or None
+        What the kernel keeps between calls: see :func:`make_schedule`. One for all variants, made
+        with the first of them.
     """
 
     def __init__(self, workspace: torch.Tensor) -> None:
         self.kernels: dict[planning.VariantKey, Callable[..., None]] = {}
         self.device = workspace.device
+        self.schedule: torch.Tensor | None = None
         self._workspace = workspace
+        # Workspace and schedule, and the index tensors of the last launch, are the same for many
+        # calls, so they are converted but once. The kernel learns the stream from the others.
+        self._converter: Callable[[torch.Tensor], Any]
+        self._buffer_arguments: tuple[Any, ...] = ()
+        self._index: IndexTensors | None = None
+        self._index_arguments: tuple[Any, ...] = ()
 
     def run(
         self,
@@ -63,29 +73,33 @@ class Executor:
         ValueError, TypeError
             If a tensor is not as planned; nothing has been launched then.
         """
-        problem, device = plan.problem, self.device
-        # Most calls have the layouts of the one before, and the checks take as long as the launch.
-        layout = validation.layout_of(inputs) if is_etap else None
-        if layout is None or layout != plan.checked_layout:
-            inputs = _checked_inputs(problem, inputs, device, is_etap)
-            if problem.kv_cache_format is None:  # others are not returned as they came
-                plan.checked_layout = layout
-        total_queries = inputs[0].shape[0]
-        validation.check_total_queries(total_queries, plan.total_queries)
+        call = plan.checked_call
+        layout = validation.layout_of_inputs(inputs) if is_etap else ()
+        if call is not None and layout == call.layout:
+            if plan.problem.kv_cache_format is not None:
+                inputs = (*inputs[:2], *cache_format.as_bytes(*inputs[2:]))
+        else:
+            inputs = _checked_inputs(plan.problem, inputs, self.device, is_etap)
+            call = _checked_call(plan, layout, inputs[0])
         if return_lse or lse is not None:
             validation.check_lse_mode(plan.lse_mode, lse_base_e)
-        out_shape = (total_queries, problem.num_heads, problem.head_dim_ckv)
+        out_shape = call.out_shape
         if out is None:
-            out = torch.empty(out_shape, dtype=problem.q_data_type, device=device)
-        else:
-            validation.check_out(out, out_shape, problem.q_data_type, device)
-        if lse is not None:
-            validation.check_lse(lse, out_shape[:2], device)
-        elif return_lse:
-            lse = torch.empty(out_shape[:2], dtype=torch.float32, device=device)
-        if total_queries > 0:
-            execute = self._run_etap if is_etap else reference.run
-            execute(plan, inputs, scales, out, lse, lse_base_e)
+            out = inputs[0].new_empty(*out_shape)  # parsed faster than torch.empty's arguments
+        elif validation.layout_of(out) != call.out_layout:
+            validation.check_out(out, out_shape, plan.problem.q_data_type, self.device)
+            call.out_layout = validation.layout_of(out)
+        if lse is None:
+            if return_lse:
+                lse = inputs[0].new_empty(*out_shape[:2], dtype=torch.float32)
+        elif validation.layout_of(lse) != call.lse_layout:
+            validation.check_lse(lse, out_shape[:2], self.device)
+            call.lse_layout = validation.layout_of(lse)
+        if out_shape[0] > 0:
+            if is_etap:
+                self._run_etap(plan, call, inputs, scales, out, lse, lse_base_e)
+            else:
+                reference.run(plan, inputs, scales, out, lse, lse_base_e)
         if not return_lse:
             return out
         assert lse is not None
@@ -94,6 +108,7 @@ class Executor:
     def _run_etap(
         self,
         plan: Plan,
+        call: CheckedCall,
         inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         scales: tuple[float, float],
         out: torch.Tensor,
@@ -101,14 +116,19 @@ class Executor:
         lse_base_e: bool,
     ) -> None:
         """Launch the kernel, on PyTorch's current stream of the device of the tensors."""
+        if call.kernel is None:
+            query_len = plan.max_query_len
+            if query_len is None:
+                query_len = -(-call.out_shape[0] // plan.batch_size)
+            call.kernel = self.kernel(plan, query_len)
+        if plan.index is not self._index:
+            self._index_arguments = tuple(map(self._converter, plan.index))
+            self._index = plan.index
         problem = plan.problem
-        query_len = plan.max_query_len
-        if query_len is None:
-            query_len = -(-out.shape[0] // plan.batch_size)
-        self.kernel(plan, query_len)(
-            self._workspace,
+        call.kernel(
+            *self._buffer_arguments,
             *inputs,
-            *plan.index,
+            *self._index_arguments,
             out,
             lse,
             problem.causal,
@@ -136,8 +156,53 @@ class Executor:
             validation.check_workspace_bytes(
                 self._workspace, module.workspace_bytes(self.device.index)
             )
+            if self.schedule is None:
+                schedule = make_schedule(module.schedule_bytes(self.device.index), self.device)
+                self._converter = jit.argument_converter()
+                self._buffer_arguments = tuple(map(self._converter, (self._workspace, schedule)))
+                self.schedule = schedule
             kernel = self.kernels[key] = module.run
         return kernel
+
+
+def make_schedule(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory in which the kernel keeps its schedule, for one caller whose calls do not overlap.
+
+    Nobody but the kernel writes it: each CTA takes what it finds there for its own, if it was made
+    from the very numbers of this call. So it is no part of a workspace, which wrappers may share.
+
+    Parameters
+    ----------
+    num_bytes : int
+        What the module's ``schedule_bytes`` asks for.
+    device : torch.device
+        Of the kernel.
+
+    Returns
+    -------
+    torch.Tensor
+        Zeros, uint8, shape ``[num_bytes]``.
+    """
+    schedule = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            # The first call may be on another stream, where it could meet half of the zeros behind
+            # half of what the memory's last owner, perhaps another kernel of ours, left there.
+            # A capture allows no waiting, and its replays come after it.
+            if not torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream().synchronize()
+    return schedule
+
+
+def _checked_call(plan: Plan, layout: validation.Layout, q_nope: torch.Tensor) -> CheckedCall:
+    """What follows from inputs that passed their checks; left to the runs that follow."""
+    total_queries = q_nope.shape[0]
+    validation.check_total_queries(total_queries, plan.total_queries)
+    problem = plan.problem
+    call = CheckedCall(layout, (total_queries, problem.num_heads, problem.head_dim_ckv))
+    if layout:
+        plan.checked_call = call
+    return call
 
 
 def _checked_inputs(

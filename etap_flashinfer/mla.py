@@ -35,7 +35,8 @@ class BatchMLAPagedAttentionWrapper:
     that tokens and not the few query rows fill the 64 rows of the tensor core instruction (ETAP,
     arXiv 2506.01969).
 
-    A wrapper shares no mutable state with another; calls on one wrapper must not overlap.
+    A wrapper shares no mutable state with another, but for the workspace that it is given; calls on
+    one wrapper, or on wrappers with one workspace, must not overlap.
 
     Parameters
     ----------
@@ -178,11 +179,13 @@ class BatchMLAPagedAttentionWrapper:
     ) -> None:
         """Take the index tensors and the shape of the problem for the calls of ``run`` that follow.
 
-        For ETAP nothing is copied from the GPU and no stream is synchronised: the kernel makes its
-        schedule on the GPU from the index tensors as they are when it runs. Index tensors on the
-        wrapper's device are referenced, not copied (copied into the caller's buffers with
-        ``use_cuda_graph``); those on the CPU are copied to the device, and their values checked. As
-        with FlashInfer, a pinned CPU tensor is copied asynchronously.
+        For ETAP nothing is copied from the GPU and no stream is synchronised (but once, by the
+        first plan of a wrapper): the kernel makes its schedule on the GPU from the index tensors as
+        they are when it runs. It keeps the schedule, and takes it again in calls that find the same
+        numbers in them. Index tensors on the wrapper's device are referenced, not copied (copied
+        into the caller's buffers with ``use_cuda_graph``): their elements may change, their memory
+        may not (``resize_``). Those on the CPU are copied to the device, and their values checked.
+        As with FlashInfer, a pinned CPU tensor is copied asynchronously.
 
         Parameters
         ----------
@@ -322,7 +325,7 @@ skip_softmax, use_sinks
             plan = planning.make_plan(checked, lse_mode, given, self.device, self._graph_buffers)
             plan.problem_key = key
             if alike is not None:
-                plan.kernels = alike.kernels
+                plan.take_over(alike)
             if self.backend == "etap":
                 # Compiled, if need be, now and not in the first run, perhaps under graph capture.
                 self._executor.kernel(plan, 1 if plan.max_query_len is None else plan.max_query_len)
@@ -368,7 +371,8 @@ skip_softmax, use_sinks
         """Attend from the queries to the planned requests' tokens.
 
         The ETAP kernel runs on PyTorch's current stream of the wrapper's device and can be captured
-        in a CUDA graph. A query that sees no token gets output 0 and LSE -inf.
+        in a CUDA graph, which the wrapper must outlive. A query that sees no token gets output 0
+        and LSE -inf.
 
         Parameters
         ----------
@@ -413,22 +417,15 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
         ValueError, TypeError
             If an argument is not as planned or as above; nothing has been launched then.
         """
-        options = {
-            "profiler_buffer": profiler_buffer,
-            "kv_len": kv_len,
-            "page_table": page_table,
-            "o_scale": o_scale,
-            "ckv_scale_arr": ckv_scale_arr,
-            "sinks": sinks,
-            "skip_softmax_threshold_scale_factor": skip_softmax_threshold_scale_factor,
-            "bmm1_scale": bmm1_scale,
-            "bmm2_scale": bmm2_scale,
-        }
         # Stock FlashInfer's cutlass backend alone runs without a plan.
         if not self._is_planned and self._requested_backend != "cutlass":
             raise RuntimeError("run() was called before plan(), or after a plan() that failed")
         if self._checked_index is not None:
             self._checked_index.check_run(_leading(q_nope, query), _leading(ckv_cache, kv_cache))
+        options = (  # in the order of STOCK_RUN_OPTIONS
+            *(profiler_buffer, kv_len, page_table, o_scale, ckv_scale_arr, sinks),
+            *(skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale),
+        )
         if self._stock is not None:
             inputs = {
                 "q_nope": q_nope,
@@ -444,7 +441,9 @@ skip_softmax_threshold_scale_factor, bmm1_scale, bmm2_scale
                 "ckv_scale": ckv_scale,
                 "kpe_scale": kpe_scale,
             }
-            return self._run_stock(inputs | options)
+            return self._run_stock(
+                inputs | dict(zip(validation.STOCK_RUN_OPTIONS, options, strict=True))
+            )
         plan = self._plan
         assert plan is not None
         problem = plan.problem

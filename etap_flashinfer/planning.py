@@ -34,6 +34,21 @@ PLAN_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
+class CheckedCall:
+    """Inputs of ``run`` that passed the checks, and what follows from their layout.
+
+    Most calls have the layouts of the one before, and the checks take as long as the launch.
+    """
+
+    layout: validation.Layout
+    out_shape: tuple[int, int, int]
+    kernel: Callable[..., None] | None = None  # found by the first launch
+    # Of the caller's buffers that passed the checks.
+    out_layout: validation.Layout | None = None
+    lse_layout: validation.Layout | None = None
+
+
+@dataclass
 class Plan:
     """What ``plan`` leaves for ``run``."""
 
@@ -46,16 +61,23 @@ class Plan:
     max_query_len: int | None
     # Of problem, if nothing but index tensors was given beside it; equal in plans of the same.
     problem_key: tuple[Any, ...] | None = None
-    # What run() found out, for the runs that follow: the layout of inputs that passed the checks,
-    # and the kernel for a query length, which plans of the same problem share.
-    checked_layout: validation.Layout | None = None
+    # What run() found out, for the runs that follow; and the kernel for a query length, which plans
+    # of the same problem share.
+    checked_call: CheckedCall | None = None
     kernels: dict[int, Callable[..., None]] = field(default_factory=dict)
+    fixed_split_tiles: int = field(init=False)  # of a part in batch-invariant calls; 0 in others
 
-    @property
-    def fixed_split_tiles(self) -> int:
-        """Token tiles of a part in batch-invariant calls; 0 in others."""
-        pages = self.problem.fixed_split_size
-        return 0 if pages is None else pages * self.problem.page_size // dispatch.TOKEN_TILE
+    def __post_init__(self) -> None:
+        pages = self.problem.fixed_split_size or 0
+        self.fixed_split_tiles = pages * self.problem.page_size // dispatch.TOKEN_TILE
+
+    def take_over(self, other: "Plan") -> None:
+        """Take what a plan of the same problem found out."""
+        self.kernels = other.kernels
+        for size in ("batch_size", "total_queries", "max_query_len"):
+            if getattr(self, size) != getattr(other, size):
+                return
+        self.checked_call = other.checked_call
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import torch
 
 from .dispatch import TOKEN_TILE
 
-# Shape, strides, dtype and device of each input of ``run``.
-Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
+# What the checks of a tensor of ``run``, or of several, look at; empty for what is no tensor.
+Layout = tuple[Any, ...]
 ALIGNMENT_BYTES = 16
 STRIDE_ELEMENTS = 8
 REFERENCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -285,17 +285,8 @@ def plan_option_refusal(options: dict[str, Any], problem: Problem) -> str | None
     return None
 
 
-def check_run_options(backend: str, options: dict[str, Any]) -> None:
-    """Refuse the arguments of ``run`` that only stock FlashInfer's backends take."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(
-                f"{name} was given, which backend {backend!r} does not support; only "
-                f"{_STOCK_RUN_OPTIONS[name]} takes it"
-            )
-
-
-_STOCK_RUN_OPTIONS = {
+# Arguments of ``run`` that only stock FlashInfer's backends take, and which of them.
+STOCK_RUN_OPTIONS = {
     "profiler_buffer": "a plan of backend 'fa2' or 'fa3' with use_profiler=True",
     "kv_len": "backend='cutlass'",
     "page_table": "backend='cutlass'",
@@ -306,6 +297,18 @@ _STOCK_RUN_OPTIONS = {
     "bmm1_scale": "a stock FlashInfer backend planned for it",
     "bmm2_scale": "a stock FlashInfer backend planned for it",
 }
+
+
+def check_run_options(backend: str, options: tuple[Any, ...]) -> None:
+    """Refuse the arguments of ``run`` named in ``STOCK_RUN_OPTIONS``, given in its order."""
+    for value in options:  # names are looked up when one of them is needed
+        if value is not None:
+            named = zip(STOCK_RUN_OPTIONS.items(), options, strict=True)
+            name, taker = next(item for item, given in named if given is not None)
+            raise ValueError(
+                f"{name} was given, which backend {backend!r} does not support; only {taker} "
+                "takes it"
+            )
 
 
 def split_packed(name: str, value: Any, head_dim_ckv: int, head_dim_kpe: int) -> tuple[Any, Any]:
@@ -353,16 +356,32 @@ def check_tensor(
         )
 
 
-def layout_of(inputs: tuple[Any, ...]) -> Layout | None:
-    """All that the checks of the inputs of ``run`` look at, if those are aligned tensors."""
-    layout = []
-    addresses = 0
-    for tensor in inputs:
-        if not isinstance(tensor, torch.Tensor):
-            return None
-        layout.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
-        addresses |= tensor.data_ptr()
-    return None if addresses % ALIGNMENT_BYTES else tuple(layout)
+def layout_of(tensor: Any) -> Layout:
+    """All that the checks of ``out`` or ``lse`` look at; tensors of equal layouts pass alike."""
+    try:
+        misalignment = tensor.data_ptr() % ALIGNMENT_BYTES
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, misalignment
+    except AttributeError:
+        return ()
+
+
+def layout_of_inputs(inputs: tuple[Any, Any, Any, Any]) -> Layout:
+    """All that the checks of the inputs of ``run`` look at.
+
+    The shape of ``q_nope`` comes first. Every run pays for this; a loop would take a third longer.
+    """
+    a, b, c, d = inputs
+    try:
+        addresses = a.data_ptr() | b.data_ptr() | c.data_ptr() | d.data_ptr()
+        return (
+            *(a.shape, a.stride(), a.dtype, a.device),
+            *(b.shape, b.stride(), b.dtype, b.device),
+            *(c.shape, c.stride(), c.dtype, c.device),
+            *(d.shape, d.stride(), d.dtype, d.device),
+            addresses % ALIGNMENT_BYTES,
+        )
+    except AttributeError:
+        return ()
 
 
 def check_queries(q_nope: Any, q_pe: Any, problem: Problem, device: torch.device) -> None:

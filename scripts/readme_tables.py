@@ -220,6 +220,9 @@ def soak_rows(soak: dict[str, Any]) -> list[list[str]]:
     if "memory_mib" in soak:
         memory = soak["memory_mib"]
         text = f"+{memory['growth_in_second_half']} MiB (limit {memory['limit']} MiB)"
+        if "steady_growth" in memory:  # not in older evidence
+            steady, limit = memory["steady_growth"], memory["steady_limit"]
+            text += f", in each third of it by {steady} MiB or more (limit {limit} MiB)"
         rows.append(["GPU memory in the second half", text])
     return rows
 

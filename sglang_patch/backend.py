@@ -8,7 +8,7 @@ import torch
 from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
 from sglang.srt.runtime_context import get_parallel
 
-from etap_flashinfer import dispatch, jit
+from etap_flashinfer import dispatch, execution, jit
 
 from . import compat
 from .metadata import EtapMetadata, IndexBuffers
@@ -141,6 +141,9 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
         }
         num_bytes = max(module.workspace_bytes(device.index) for module in modules.values())
         self._etap_workspace = _workspace(device, num_bytes)
+        # Not shared: each backend, a step of a draft too, has lengths of its own.
+        num_bytes = max(module.schedule_bytes(device.index) for module in modules.values())
+        self._schedule = execution.make_schedule(num_bytes, device)
         self._kernels: dict[int | None, Callable[..., None]] = {
             query_len: module.run for query_len, module in modules.items()
         }
@@ -342,6 +345,7 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
         if batch_size and q_nope.shape[0]:
             self._kernels[query_len](
                 self._etap_workspace,
+                self._schedule,
                 q_nope,
                 q_pe,
                 cache[..., :columns],

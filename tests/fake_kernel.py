@@ -14,6 +14,7 @@ import etap_flashinfer
 from etap_flashinfer import dispatch
 
 WORKSPACE_BYTES = 4096
+SCHEDULE_BYTES = 64
 META = torch.device("meta")
 
 
@@ -30,6 +31,7 @@ class FakeKernel:
     def __init__(self) -> None:
         self.loaded: list[Variant] = []
         self.calls: list[tuple[Variant, tuple[Any, ...]]] = []
+        self.converted: list[torch.Tensor] = []  # by argument_converter's function
         self.fixed_splits: list[tuple[int, ...]] = []  # whose workspace was asked for
 
     def load(self, variant: Variant) -> SimpleNamespace:
@@ -37,8 +39,13 @@ class FakeKernel:
         return SimpleNamespace(
             run=lambda *arguments: self.calls.append((variant, arguments)),
             workspace_bytes=lambda device_index: WORKSPACE_BYTES,
+            schedule_bytes=lambda device_index: SCHEDULE_BYTES,
             fixed_split_workspace_bytes=self._fixed_split_workspace_bytes,
         )
+
+    def convert(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.converted.append(tensor)
+        return tensor
 
     def _fixed_split_workspace_bytes(self, *arguments: int) -> int:
         self.fixed_splits.append(arguments)
@@ -51,6 +58,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     module = ModuleType("etap_flashinfer.jit")
     module.EtapMlaVariant = Variant  # type: ignore[attr-defined]
     module.get_etap_mla_module = kernel.load  # type: ignore[attr-defined]
+    module.argument_converter = lambda: kernel.convert  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "etap_flashinfer.jit", module)
     monkeypatch.setattr(etap_flashinfer, "jit", module, raising=False)
     monkeypatch.setattr(dispatch, "etap_device_refusal", lambda device: None)

@@ -312,7 +312,12 @@ def test_reliability_table_has_the_soak():
     text = readme_tables.reliability_table({"soak": {**head, "soak": soak}})
     assert "| requests in 8.0 minutes | 18, of them 9 aborted and 8 left by the client |" in text
     assert "| answers against those of flashmla and triton | 0 of 1,234 differ |" in text
-    assert "+2 MiB (limit 64 MiB)" in text
+    assert "| GPU memory in the second half | +2 MiB (limit 64 MiB) |" in text
+    soak["memory_mib"] |= {"steady_growth": 1, "steady_limit": 6}
+    assert readme_tables.soak_rows(soak)[-1] == [
+        "GPU memory in the second half",
+        "+2 MiB (limit 64 MiB), in each third of it by 1 MiB or more (limit 6 MiB)",
+    ]
     broken_off = readme_tables.soak_rows({"problems": ["did not start: soak_etap"]})
     assert broken_off == [["SGLang server under mixed requests", "1 problems"]]
 

@@ -18,8 +18,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     return fake_kernel.install(monkeypatch)
 
 
-def make_wrapper(backend: str = "etap", **arguments) -> BatchMLAPagedAttentionWrapper:
-    workspace = torch.empty(fake_kernel.WORKSPACE_BYTES, dtype=torch.int8, device=META)
+def make_wrapper(
+    backend: str = "etap", device: torch.device | str = META, **arguments
+) -> BatchMLAPagedAttentionWrapper:
+    workspace = torch.empty(fake_kernel.WORKSPACE_BYTES, dtype=torch.int8, device=device)
     return BatchMLAPagedAttentionWrapper(workspace, backend=backend, **arguments)
 
 
@@ -31,10 +33,11 @@ def test_kernel_gets_its_arguments_in_order(kernel: FakeKernel) -> None:
     out, lse = wrapper.run(**inputs, return_lse=True, return_lse_base_on_e=True)
     ((variant, arguments),) = kernel.calls
     assert variant == Variant(torch.bfloat16, 16, "tma")
-    workspace, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse = arguments[:11]
-    scalars = list(arguments[11:])
+    workspace, schedule, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse = arguments[:12]
+    scalars = list(arguments[12:])
     assert workspace.dtype == torch.uint8
     assert workspace.shape == (fake_kernel.WORKSPACE_BYTES,)
+    assert schedule is wrapper._executor.schedule
     for tensor, name in zip((q_nope, q_pe, ckv, kpe), inputs, strict=True):
         assert tensor is inputs[name]
     for tensor, name in zip(
@@ -75,6 +78,74 @@ def test_every_run_is_checked_whatever_ran_before(kernel: FakeKernel, name: str)
             wrapper.run(**(inputs | {name: bad}))
     wrapper.run(**inputs)
     assert len(kernel.calls) == 3
+
+
+def test_every_result_buffer_is_checked_whatever_ran_before(kernel: FakeKernel) -> None:
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments())
+    out = torch.empty(2, 16, 512, dtype=torch.bfloat16, device=META)
+    lse = torch.empty(2, 16, device=META)
+    good = {"out": out, "lse": lse}
+    for _ in range(2):
+        wrapper.run(**run_inputs(), **good)
+    wide = out.new_empty(2, 16, 516)
+    for name, bad, message in (
+        ("out", out.half(), "torch.float16"),
+        ("out", out[:1], r"\[1, 16, 512\]"),
+        ("out", wide[..., :512], "multiples of 8 elements"),
+        ("out", out[:1].expand(2, 16, 512), "must not share memory"),
+        ("out", "tensor", "is a str"),
+        ("lse", lse.double(), "torch.float64"),
+        ("lse", lse.t(), r"\[16, 2\]"),
+        ("lse", torch.empty(16, 2, device=META).t(), "must be contiguous"),
+        ("lse", (), "is a tuple"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrapper.run(**run_inputs(), **(good | {name: bad}))
+    wrapper.run(**run_inputs(), **good)
+    assert len(kernel.calls) == 3
+
+
+def test_a_plan_like_the_last_one_knows_the_total_of_queries(kernel: FakeKernel) -> None:
+    """What a plan takes over from another of the same problem follows its own index tensors."""
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments((1, 1)))
+    wrapper.run(**run_inputs(2))
+    wrapper.plan(**plan_arguments((1, 2)))
+    with pytest.raises(ValueError, match="q_nope holds 2 queries; planned: 3"):
+        wrapper.run(**run_inputs(2))
+    wrapper.plan(**plan_arguments((0, 2)))
+    wrapper.run(**run_inputs(2))
+    assert [variant.row_tile for variant, _ in kernel.calls] == [16, 32]
+
+
+def test_what_calls_share_is_converted_once(kernel: FakeKernel) -> None:
+    """Workspace and schedule once for a wrapper, index tensors once for a plan."""
+    wrapper = make_wrapper()
+    for number in range(3):
+        planned = plan_arguments(index_device=META)
+        wrapper.plan(**planned)
+        for _ in range(3):
+            wrapper.run(**run_inputs())
+        assert len(kernel.converted) == 2 + 4 * (number + 1)
+        names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
+        for tensor, name in zip(kernel.converted[-4:], names, strict=True):
+            assert tensor is planned[name]
+    assert kernel.converted[1] is wrapper._executor.schedule
+
+
+def test_a_converted_tensor_shares_and_keeps_the_memory() -> None:
+    tvm_ffi = pytest.importorskip("tvm_ffi")
+    from etap_flashinfer import jit
+
+    tensor = torch.arange(6, dtype=torch.int32)[2:]
+    converted = jit.argument_converter()(tensor)
+    assert isinstance(converted, tvm_ffi.Tensor)
+    assert converted.data_ptr() == tensor.data_ptr()
+    view = torch.from_dlpack(converted)
+    tensor[0] = 7
+    del tensor
+    assert view.tolist() == [7, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +191,34 @@ def test_without_lse_the_kernel_gets_none(kernel: FakeKernel) -> None:
     wrapper.plan(**plan_arguments())
     result = wrapper.run(**run_inputs())
     assert isinstance(result, torch.Tensor)
-    assert kernel.calls[0][1][10] is None
+    assert kernel.calls[0][1][11] is None
+
+
+def test_a_wrapper_has_one_schedule_buffer(kernel: FakeKernel) -> None:
+    """Zeros at first, given to every call of every plan and variant, and to no other wrapper's."""
+    wrapper = make_wrapper(device="cpu")
+    assert wrapper._executor.schedule is None
+    wrapper.plan(**plan_arguments())
+    schedule = wrapper._executor.schedule
+    assert schedule.dtype == torch.uint8
+    assert schedule.shape == (fake_kernel.SCHEDULE_BYTES,)
+    assert schedule.device.type == "cpu"
+    assert not schedule.any()
+    schedule.fill_(7)  # as the kernel would
+    for heads in (16, 16, 128):
+        wrapper.plan(**plan_arguments(num_heads=heads))
+        for _ in range(2):
+            wrapper.run(**run_inputs(num_heads=heads, device="cpu"))
+    assert len(kernel.loaded) == 2
+    assert all(arguments[1] is schedule for _, arguments in kernel.calls)
+    assert (schedule == 7).all()
+    other = BatchMLAPagedAttentionWrapper(wrapper._float_workspace_buffer, backend="etap")
+    other.plan(**plan_arguments())
+    other.run(**run_inputs(device="cpu"))
+    _, (workspace, others_schedule, *_) = kernel.calls[-1]
+    assert workspace.data_ptr() == wrapper._float_workspace_buffer.data_ptr()
+    assert others_schedule is not schedule
+    assert not others_schedule.any()
 
 
 def test_out_and_lse_buffers_reach_the_kernel(kernel: FakeKernel) -> None:
@@ -129,15 +227,15 @@ def test_out_and_lse_buffers_reach_the_kernel(kernel: FakeKernel) -> None:
     out = torch.empty(2, 16, 1024, dtype=torch.bfloat16, device=META)[..., :512]
     lse = torch.empty(2, 16, device=META)
     assert wrapper.run(**run_inputs(), out=out, lse=lse) is out
-    assert kernel.calls[0][1][9] is out
-    assert kernel.calls[0][1][10] is lse
+    assert kernel.calls[0][1][10] is out
+    assert kernel.calls[0][1][11] is lse
 
 
 def test_cpu_index_tensors_are_moved_to_the_device(kernel: FakeKernel) -> None:
     wrapper = make_wrapper()
     wrapper.plan(**plan_arguments())
     wrapper.run(**run_inputs())
-    assert all(tensor.device == META for tensor in kernel.calls[0][1][5:9])
+    assert all(tensor.device == META for tensor in kernel.calls[0][1][6:10])
 
 
 @pytest.mark.parametrize("index_device", ["cpu", "meta"])
@@ -152,7 +250,7 @@ def test_graph_buffers_are_what_the_kernel_gets(kernel: FakeKernel, index_device
     for _ in range(2):
         wrapper.plan(**plan_arguments(index_device=index_device))
         wrapper.run(**run_inputs())
-        for tensor, buffer in zip(kernel.calls[-1][1][5:9], buffers.values(), strict=True):
+        for tensor, buffer in zip(kernel.calls[-1][1][6:10], buffers.values(), strict=True):
             assert tensor is buffer
 
 

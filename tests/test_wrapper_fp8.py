@@ -206,7 +206,7 @@ def test_kernel_gets_codes_as_bytes_and_two_scales(
     assert out.dtype == dtype
     ((variant, arguments),) = kernel.calls
     assert variant == Variant(dtype, 16, "tma", "fp8")
-    ckv, kpe = arguments[3:5]
+    ckv, kpe = arguments[4:6]
     assert ckv.dtype == kpe.dtype == torch.uint8
     assert (ckv.shape, kpe.shape) == ((8, 64, 512), (8, 64, 64))
     assert ckv.stride() == kpe.stride() == (64 * 576, 576, 1)
@@ -214,7 +214,9 @@ def test_kernel_gets_codes_as_bytes_and_two_scales(
     assert arguments[-3:-1] == (0.5, 3.0)
     assert all(isinstance(scale, float) for scale in arguments[-3:-1])
     wrapper.run(**inputs)
-    assert kernel.calls[1][1][-3:-1] == (1.0, 1.0)
+    arguments = kernel.calls[1][1]
+    assert arguments[-3:-1] == (1.0, 1.0)
+    assert [pool.dtype for pool in arguments[4:6]] == [torch.uint8] * 2
 
 
 @pytest.mark.parametrize("backend", ["etap", "auto"])
@@ -227,7 +229,7 @@ def test_kernel_gets_packed_tokens_as_bytes(kernel: FakeKernel, heads: int, back
     wrapper.run(**run_inputs(num_heads=heads) | {"ckv_cache": pool, "kpe_cache": None})
     ((variant, arguments),) = kernel.calls
     assert variant == Variant(BF16, min(heads, 32), "tma", "flashmla_656")
-    for given_pool in arguments[3:5]:
+    for given_pool in arguments[4:6]:
         assert (given_pool.dtype, given_pool.shape) == (torch.uint8, (8, 64, 656))
         assert given_pool.stride() == (80 * 656, 656, 1)
     assert arguments[-3:] == (1.0, 1.0, 0)

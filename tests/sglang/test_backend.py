@@ -101,9 +101,13 @@ class Kernel:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
+        self.schedules: list[torch.Tensor] = []  # given to them
 
     def load(self, variant):
-        def run(workspace, *arguments):
+        def run(workspace, schedule, *arguments):
+            assert schedule.dtype == torch.uint8
+            assert schedule.shape == (48,)
+            self.schedules.append(schedule)
             *inputs, out, lse, causal, sm_scale, _ = arguments[:-3]
             assert lse is None
             assert arguments[-3:] == (1.0, 1.0, 0)  # scales, no fixed split
@@ -124,7 +128,9 @@ class Kernel:
             )
             out[:total] = result
 
-        return types.SimpleNamespace(run=run, workspace_bytes=lambda index: 64)
+        return types.SimpleNamespace(
+            run=run, workspace_bytes=lambda index: 64, schedule_bytes=lambda index: 48
+        )
 
 
 class FlashInferWrapper:
@@ -324,6 +330,19 @@ def test_multi_step_draft_sees_one_token_more_each_step(kit, backend):
         assert lengths == [[63, 64], [64, 65], [65, 66]]
         tables = {step.forward_metadata.kv_indices.data_ptr() for step in draft.attn_backends}
         assert len(tables) == 1
+
+
+def test_backends_share_the_workspace_but_no_schedule(kit, backend):
+    fixture = make_fixture(kit, "DECODE", (61, 62))
+    draft = backend.EtapMultiStepDraftBackend(fixture.runner, 1, 4)
+    backends = [fixture.backend, *draft.attn_backends]
+    assert len({each._etap_workspace.data_ptr() for each in backends}) == 1
+    assert len({each._schedule.data_ptr() for each in backends}) == 4
+    assert not any(each._schedule.any() for each in backends)
+    for _ in range(2):
+        kit.run_mla_fixture_eager(fixture)
+    assert len(kit.kernel.schedules) == 2
+    assert all(given is fixture.backend._schedule for given in kit.kernel.schedules)
 
 
 def test_trees_of_draft_tokens_are_refused(kit, backend, monkeypatch):
