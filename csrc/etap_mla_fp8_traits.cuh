@@ -65,7 +65,7 @@ struct EtapMlaFp8Traits {
     int const statistics = (4 + kMathWarps) * kRowTile * int(sizeof(float));
     int const fixed = operands + statistics +
                       int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(ScheduleScratch)) +
-                      int(2 * sizeof(SplitRowTile)) + 64;
+                      int(sizeof(MergeWork)) + 64;
     int const box = Boxes::kElements + 16;
     if (!kHasTokenScales) return (kSharedMemoryLimit - fixed) / box;
     int const low_part = 1024 + (kQueryPeParts - 1) * kRowTile * kHeadDimKpe * 2;
@@ -102,7 +102,7 @@ struct EtapMlaFp8Traits {
     uint64_t query_full, query_empty;
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
-    SplitRowTile split_row_tiles[2];  // as in EtapMlaTraits
+    MergeWork merge;
     ScheduleScratch schedule;
   };
 

@@ -62,10 +62,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(&kpe_map));
   }
   prefetch_schedule(params);
+  bool const loads_cache = uint32_t(threadIdx.x) - kMathThreads < kCacheThreads;
+  int32_t const page_index =
+      loads_cache ? guess_page_index(params, token_of_lane<Traits::kKvLoader>(params)) : -1;
   // So far this may have run beside the end of the kernel before; from here on its results count.
   cudaGridDependencySynchronize();
   // The next kernel's CTAs may take their places as ours leave; they wait for our results.
   cudaTriggerProgrammaticLaunchCompletion();
+  GuessedPage const guessed(params, page_index);
   schedule_cta<Traits>(params, shared);
   if (!work.has_segment) return;
 
@@ -75,9 +79,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= 2) {
       load_queries<Traits>(params, shared, work);
     } else if constexpr (Traits::kKvLoader == KvLoader::kGather) {
-      load_cache_by_gather<Traits>(params, shared, work);
+      load_cache_by_gather<Traits>(params, shared, work, guessed);
     } else {
-      load_cache_by_tma<Traits>(params, ckv_map, kpe_map, shared, work);
+      load_cache_by_tma<Traits>(params, ckv_map, kpe_map, shared, work, guessed);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();

@@ -48,11 +48,20 @@ struct TokenPlace {
 };
 
 __device__ __forceinline__ TokenPlace find_token(Params const& params, Request const& request,
-                                                 int32_t token) {
+                                                 int32_t token, GuessedPage const& guessed) {
   if (token >= request.kv_len) return {-1, 0};
   int32_t page_in_request, row;
   params.divide_by_page_size(page_in_request, row, token);
-  return {params.kv_indices[request.page_begin + page_in_request], row};
+  int32_t const index = request.page_begin + page_in_request;
+  return {index == guessed.index ? guessed.page : params.kv_indices[index], row};
+}
+
+// The token of a tile whose page a lane of the two loading warps looks up: the first of a group of
+// rows that are copied together, or each.
+template <KvLoader kKvLoader>
+__device__ __forceinline__ int32_t token_of_lane(Params const& params) {
+  return kKvLoader == KvLoader::kTma ? int32_t(threadIdx.x) % 32 * params.rows_per_copy
+                                     : int32_t(threadIdx.x) % kGatherThreads;
 }
 
 // The boxes of a tile, whose places lanes know: lane g that of the g-th group of rows, which lies
@@ -151,7 +160,8 @@ struct TileByTma {
 template <class Traits>
 __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_map,
                                   CUtensorMap const& kpe_map,
-                                  typename Traits::SharedStorage& shared, CtaWork const& work) {
+                                  typename Traits::SharedStorage& shared, CtaWork const& work,
+                                  GuessedPage const& guessed) {
   int32_t const lane = threadIdx.x % 32;
   int32_t const rows_per_copy = params.rows_per_copy;
   int32_t const groups = kTokenTile / rows_per_copy;
@@ -164,8 +174,8 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
   do {
     auto place_in = [&](int32_t tile) -> TokenPlace {
       bool const has_group = lane < groups && tile < segment.tile_end;
-      int32_t const token = tile * kTokenTile + lane * rows_per_copy;
-      return has_group ? find_token(params, segment.request, token) : TokenPlace{-1, 0};
+      int32_t const token = tile * kTokenTile + token_of_lane<KvLoader::kTma>(params);
+      return has_group ? find_token(params, segment.request, token, guessed) : TokenPlace{-1, 0};
     };
     TokenPlace next_place = place_in(segment.tile_begin);
     for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
@@ -201,7 +211,7 @@ __device__ __forceinline__ int32_t swizzled_half_chunk(int32_t row, int32_t chun
 // the box with WGMMA fences first.
 template <class Traits>
 __device__ void load_cache_by_gather(Params const& params, typename Traits::SharedStorage& shared,
-                                     CtaWork const& work) {
+                                     CtaWork const& work, GuessedPage const& guessed) {
   using Boxes = typename Traits::Boxes;
   using Element = typename Boxes::Element;
   constexpr int32_t kTokensAtOnce = 32 / 8;
@@ -215,7 +225,8 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   Segment const& segment = walk.segment;
   do {
     auto place_in = [&](int32_t tile) {
-      return find_token(params, segment.request, tile * kTokenTile + first_token + lane);
+      int32_t const token = tile * kTokenTile + token_of_lane<KvLoader::kGather>(params);
+      return find_token(params, segment.request, token, guessed);
     };
     TokenPlace next_place = place_in(segment.tile_begin);
 #pragma unroll 1
@@ -309,7 +320,7 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     cutlass::arch::cp_async_fence();
     if (thread == 0) {
       shared.segments[number & 1] = segment;
-      if (has_segment) walk.describe_split(shared.split_row_tiles);
+      if (has_segment) walk.describe_split(shared.merge.split_row_tiles);
     }
     cutlass::arch::cp_async_wait<0>();
     cutlass::arch::fence_view_async_shared();

@@ -271,40 +271,63 @@ class Merge {
   int32_t const lane_ = threadIdx.x % 32;
 };
 
-// A CTA's math threads join the row tiles that it shares with others, once all parts are there. The
-// CTAs of a row tile wait for each other, so all must be running: a grid has no more than there are
-// SMs, and each has room for one.
+// CTAs that came to a merge, in the lower half of a word; in the upper half, those that left before
+// all had come.
+using Arrivals = cuda::atomic_ref<uint32_t, cuda::thread_scope_device>;
+constexpr uint32_t kArrived = 0xffff;
+constexpr uint32_t kOneLeft = kArrived + 1;
+#ifndef ETAP_PATIENCE
+#define ETAP_PATIENCE 2'000'000
+#endif
+constexpr int64_t kPatience = ETAP_PATIENCE;  // in cycles: 1 ms
+
+// Comes to the merge of a row tile, and waits for the other CTAs that share it; returns whose
+// shares this one does. All CTAs of a grid run at the same time, unless other kernels have some of
+// the SMs; so nobody waits for ever. If a CTA gave up, the last one to come does the shares of all;
+// then nobody can give up any more.
+__device__ __forceinline__ MergeShares wait_for_parts(Arrivals arrivals,
+                                                      SplitRowTile const& split) {
+  uint32_t const num_parts = split.descriptor.num_parts;
+  int64_t const begin = clock64();
+  uint32_t state = arrivals.fetch_add(1, cuda::memory_order_acq_rel) + 1;
+  bool const is_last = (state & kArrived) == num_parts;
+  while ((state & kArrived) != num_parts) {
+    state = arrivals.load(cuda::memory_order_acquire);
+    if ((state & kArrived) == num_parts || clock64() - begin < kPatience) continue;
+    if (arrivals.compare_exchange_strong(state, state + kOneLeft)) return {0, 0};
+  }
+  if (state < kOneLeft) return {split.part, split.part + 1};
+  return {0, is_last ? int32_t(num_parts) : 0};
+}
+
+// A CTA's math threads join the row tiles that it shares with others: some units each, once all
+// parts are there.
 template <class Traits>
 __device__ void merge_split_row_tiles(Params const& params,
                                       typename Traits::SharedStorage& shared) {
-  SplitRowTile const(&splits)[2] = shared.split_row_tiles;
-  if (splits[0].descriptor.num_parts == 0 && splits[1].descriptor.num_parts == 0) return;
-  auto sync = [] { cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier); };
-  auto count = [](uint32_t& counter) {
-    return cuda::atomic_ref<uint32_t, cuda::thread_scope_device>(counter);
+  MergeWork& merge = shared.merge;
+  auto const num_parts = [&merge](int32_t i) {
+    return merge.split_row_tiles[i].descriptor.num_parts;
   };
-  bool const is_first = threadIdx.x == 0;
-  sync();  // now all have written their parts, and the ring is free
-#pragma unroll
-  for (SplitRowTile const& split : splits) {
-    if (!is_first || split.descriptor.num_parts == 0) continue;
-    count(params.kept_schedules[split.number].arrived).fetch_add(1, cuda::memory_order_release);
+  auto const sync = [] { cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier); };
+  if (num_parts(0) == 0 && num_parts(1) == 0) return;
+  sync();  // all have written their parts, and the ring is free
+  // By a warp each, for every trip to memory counts.
+  int32_t const warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0 && warp < 2 && num_parts(warp) > 0) {
+    SplitRowTile const& split = merge.split_row_tiles[warp];
+    KeptSchedule& kept = params.kept_schedules[split.number];
+    merge.shares[warp] = wait_for_parts(Arrivals(kept.arrivals[merge.call % 2]), split);
   }
+  sync();
+  auto& scratch = *reinterpret_cast<typename Merge<Traits>::SharedStorage*>(shared.ring);
 #pragma unroll 1
-  for (SplitRowTile const& split : splits) {
-    uint32_t const num_parts = split.descriptor.num_parts;
-    if (num_parts == 0) continue;
-    KeptSchedule& counters = params.kept_schedules[split.number];
-    if (is_first) {
-      while (count(counters.arrived).load(cuda::memory_order_acquire) != num_parts) continue;
-    }
-    sync();
-    auto& scratch = *reinterpret_cast<typename Merge<Traits>::SharedStorage*>(shared.ring);
-    Merge<Traits>(params, scratch, split.part, num_parts).join_row_tile(split);
-    if (is_first &&
-        count(counters.left).fetch_add(1, cuda::memory_order_relaxed) == num_parts - 1) {
-      counters.arrived = 0;
-      counters.left = 0;
+  for (int32_t i = 0; i < 2; ++i) {
+    if (num_parts(i) == 0) continue;
+#pragma unroll 1
+    for (int32_t share = merge.shares[i].first; share < merge.shares[i].end; ++share) {
+      Merge<Traits>(params, scratch, share, num_parts(i)).join_row_tile(merge.split_row_tiles[i]);
+      sync();  // the scratch is used again
     }
   }
 }

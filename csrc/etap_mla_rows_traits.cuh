@@ -86,7 +86,7 @@ struct RowsMlaTraits {
     uint64_t query_full, query_empty;
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
-    SplitRowTile split_row_tiles[2];  // as in EtapMlaTraits
+    MergeWork merge;
   };
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };

@@ -53,6 +53,30 @@ __device__ __forceinline__ void prefetch_schedule(Params const& params) {
   prefetch(params.kv_indptr + first);
 }
 
+// Where the page of a token in this CTA's first tile stands in kv_indices, if this call is like the
+// one before; -1 if nowhere. A guess, made before the kernel before has ended, which may be writing
+// what is read here: whoever uses it compares.
+__device__ __forceinline__ int32_t guess_page_index(Params const& params, int32_t token_of_tile) {
+  if (token_of_tile >= kTokenTile) return -1;
+  Segment const& segment = params.kept_schedules[blockIdx.x].work.segment;
+  int32_t const tile = __ldcg(&segment.tile_begin),
+                page_begin = __ldcg(&segment.request.page_begin);
+  int32_t const page = params.divide_by_page_size.div(tile * kTokenTile + token_of_tile);
+  int32_t const index = page_begin + page;
+  return uint32_t(index) < uint32_t(params.num_kv_indices) ? index : -1;
+}
+
+// A page number, loaded before it was known to be needed.
+struct GuessedPage {
+  int32_t index = -1;  // in kv_indices
+  int32_t page = 0;
+
+  __device__ __forceinline__ GuessedPage(Params const& params, int32_t guessed_index)
+      : index(guessed_index) {
+    if (index >= 0) page = __ldcg(params.kv_indices + index);
+  }
+};
+
 // Every number is clamped so that no index tensor can lead outside the buffers.
 __device__ __forceinline__ Request clamp_request(Params const& params, RawRequest const& raw) {
   int32_t const query_begin = min(max(raw.query_begin, 0), params.total_queries);
@@ -406,12 +430,22 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   work = SegmentWalk<kRowTile>::begin(params, found);
 }
 
+// Nobody counts in the arrivals of the next call yet: the calls before have ended. So whatever may
+// have gone wrong in one of them is forgotten.
+__device__ __forceinline__ void begin_call(KeptSchedule& kept, MergeWork& merge) {
+  if (threadIdx.x < 2) merge.split_row_tiles[threadIdx.x] = {};
+  if (threadIdx.x != kThreads - 1) return;
+  merge.call = __ldcg(&kept.call);
+  kept.call = merge.call + 1;
+  kept.arrivals[(merge.call + 1) % 2] = 0;
+}
+
 // The CTA's work, there for all threads when this returns.
 template <class Traits>
 __device__ __forceinline__ void schedule_cta(Params const& params,
                                              typename Traits::SharedStorage& shared) {
   CtaWork& work = shared.work;
-  if (threadIdx.x < 2) shared.split_row_tiles[threadIdx.x] = {};
+  begin_call(params.kept_schedules[blockIdx.x], shared.merge);
   RawRequest const own = load_request(params, threadIdx.x);
   if (!recall_cta_work(params, own, work)) {
     find_cta_work<Traits>(params, shared.schedule, work);

@@ -39,8 +39,9 @@ constexpr int kThreads = kMathThreads + kWarpgroupThreads;
 constexpr int kBoxesPerWarpgroup = kCkvBoxes / kMathWarpgroups;  // of d_v: 256 columns each
 
 // Warps of the producer warpgroup: 0 and 1 load the cache, 2 and 3 load the queries.
+constexpr int kCacheThreads = 64;
 constexpr int kTmaWarps = 2;  // they share the copies of a tile
-constexpr int kGatherThreads = 64;
+constexpr int kGatherThreads = kCacheThreads;
 constexpr int kQueryLoadThreads = 64;
 
 // Barriers among math threads, in CUTLASS's numbering of user barriers.
@@ -128,10 +129,10 @@ struct alignas(128) KeptSchedule {
   alignas(128) int4 offsets[kThreads];  // of each request: its queries' and pages' begin and end
   int32_t kv_len[kThreads];
 
-  // Not kept, but zeros between calls: CTAs that have written their parts of the row tile that is
-  // split first in this CTA, and those that know that all have.
-  alignas(128) uint32_t arrived;
-  uint32_t left;
+  // Of calls before: how many, the same in all CTAs. And who has come to the merge of the row tile
+  // that goes on behind this CTA's range, in even and in odd calls.
+  alignas(128) uint32_t call;
+  uint32_t arrivals[2];
 };
 
 // Sums of each warp, while the schedule is made: tiles, row tiles, longest row tile.
@@ -157,6 +158,18 @@ struct SplitRowTile {
   MergeDescriptor descriptor;
   int32_t number;
   int32_t part;  // this CTA's
+};
+
+// CTAs that do their share of a merge; those before `end` from `first` on.
+struct MergeShares {
+  int32_t first, end;
+};
+
+// What a CTA's threads tell each other of the merge.
+struct MergeWork {
+  SplitRowTile split_row_tiles[2];  // one that began in an earlier CTA, one that goes on in a later
+  MergeShares shares[2];            // that this CTA does of them
+  uint32_t call;                    // its number
 };
 
 struct Params {
@@ -255,7 +268,7 @@ struct EtapMlaTraits {
     int const sums = kMathWarpgroups * kRowTile * 4 * int(sizeof(float));
     int const statistics = kRowTile * (2 * int(sizeof(RunningMax)) + 4 * int(sizeof(float)));
     int const fixed = query + sums + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork)) +
-                      int(2 * sizeof(SplitRowTile)) + 64;
+                      int(sizeof(MergeWork)) + 64;
     return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
   }();
   static_assert(kRingBoxes > 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
@@ -294,7 +307,7 @@ struct EtapMlaTraits {
     uint64_t query_full, query_empty;
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
-    SplitRowTile split_row_tiles[2];  // that began before this CTA's range, and that goes on behind
+    MergeWork merge;
   };
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };
