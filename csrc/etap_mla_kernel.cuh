@@ -64,7 +64,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   prefetch_schedule(params);
   bool const loads_cache = uint32_t(threadIdx.x) - kMathThreads < kCacheThreads;
   int32_t const page_index =
-      loads_cache ? guess_page_index(params, token_of_lane<Traits::kKvLoader>(params)) : -1;
+      Traits::kGuessesPages && loads_cache
+          ? guess_page_index(params, token_of_lane<Traits::kKvLoader>(params))
+          : -1;
   // So far this may have run beside the end of the kernel before; from here on its results count.
   cudaGridDependencySynchronize();
   // The next kernel's CTAs may take their places as ours leave; they wait for our results.

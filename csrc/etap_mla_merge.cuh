@@ -82,7 +82,7 @@ class Merge {
   static constexpr int kUnitsPerBlock = kCkvBoxes * 4;  // of 8 rows: boxes x warps of a warpgroup
   static constexpr int kPartsInFlight = 8;
   static constexpr int kUnitsOfBox = 4;  // side by side: 64 columns
-  static constexpr int kPartsInFlightOfBox = 3;
+  static constexpr int kPartsInFlightOfBox = 4;
   static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
 
  public:
@@ -276,10 +276,7 @@ class Merge {
 using Arrivals = cuda::atomic_ref<uint32_t, cuda::thread_scope_device>;
 constexpr uint32_t kArrived = 0xffff;
 constexpr uint32_t kOneLeft = kArrived + 1;
-#ifndef ETAP_PATIENCE
-#define ETAP_PATIENCE 2'000'000
-#endif
-constexpr int64_t kPatience = ETAP_PATIENCE;  // in cycles: 1 ms
+constexpr int64_t kPatience = 2'000'000;  // in cycles: 1 ms
 
 // Comes to the merge of a row tile, and waits for the other CTAs that share it; returns whose
 // shares this one does. All CTAs of a grid run at the same time, unless other kernels have some of

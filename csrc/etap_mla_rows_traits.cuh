@@ -20,7 +20,8 @@ struct RowsMlaTraits {
   static constexpr KvCache kKvCache = KvCache::kSame;
   static constexpr int kRowTile = 64;  // packed rows (query x head) on WGMMA's M
 
-  static constexpr int kEmptyPlaces = 4;  // as in EtapMlaTraits
+  static constexpr int kEmptyPlaces = 4;        // as in EtapMlaTraits
+  static constexpr bool kGuessesPages = false;  // slower: the first tile waits for Q anyway
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 224;

@@ -242,6 +242,7 @@ struct EtapMlaTraits {
   // In the schedule, before each of the row tiles of a call where they differ in length: with so
   // many, calls were fastest (scripts/TUNING.md).
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
+  static constexpr bool kGuessesPages = true;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 216;
