@@ -173,7 +173,7 @@ CUtensorMap make_pool_map(TensorView const& pool, int32_t rows_per_copy, int32_t
   return map;
 }
 
-// Both kernels are dependent launches: set up while the kernel before runs, they wait in
+// Dependent launches: set up while the kernel before runs, kernels wait in
 // cudaGridDependencySynchronize() until it has ended.
 template <typename... Arguments>
 void launch_dependent(void (*kernel)(Arguments...), int32_t num_ctas, int32_t threads,

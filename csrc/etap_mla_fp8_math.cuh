@@ -418,7 +418,7 @@ class Fp8MathWarpgroup {
     }
   }
 
-  // The merge kernel expects columns lane / 4 and lane / 4 + 8 of a lane; this one has 2 * (lane /
+  // The merge expects columns lane / 4 and lane / 4 + 8 of a lane; this one has 2 * (lane /
   // 4) and the next: of its pairs of rows each goes to another lane's place.
   __device__ void write_partial(int32_t slot) {
     int32_t const lane = thread_.fresh_lane();

@@ -2,7 +2,7 @@
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
  * From accumulator fragments of O^T to rows of the output, and the softmax statistics of a row.
- * Shared by the attention kernel and the merge kernel.
+ * Shared by the math and the merge.
  */
 #pragma once
 

@@ -453,7 +453,7 @@ class RowsMathWarpgroup {
     }
   }
 
-  // The merge kernel expects fragments of O^T: two neighbouring rows of one column in a lane. Here
+  // The merge expects fragments of O^T: two neighbouring rows of one column in a lane. Here
   // a lane has two neighbouring columns of one row; lanes of neighbouring rows exchange one each.
   __device__ __forceinline__ void write_partial(int32_t slot) {
     int32_t const row_of_lane = lane_ / 4;

@@ -118,7 +118,7 @@ struct alignas(16) CtaWork {
   Segment segment;
 };
 
-// Of everything but the requests that a schedule depends on.
+// Of what a schedule depends on beside the requests.
 constexpr int kScheduleKeyWords = 12;
 
 // What a CTA keeps of a call for the next one, which is like it but for the layer, most of the
