@@ -30,6 +30,12 @@ INDEX = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
 Results = tuple[torch.Tensor, torch.Tensor]
 
 
+def kept_part(wrapper: object) -> torch.Tensor:
+    """What each CTA keeps of a call, as ``[CTAs, bytes]``; not its counters of calls and parts."""
+    num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
+    return wrapper._executor.schedule.view(num_ctas, -1)[:, :-128]
+
+
 def assert_same_bits(found: Results, expected: Results, what: str) -> None:
     for name, given, wanted in zip(("output", "LSE"), found, expected, strict=True):
         integer = torch.int32 if given.dtype == torch.float32 else torch.int16
@@ -304,16 +310,17 @@ def test_numbers_of_requests(batch, heads, seed):
 
 
 def test_whatever_is_in_the_buffer(seed):
-    """Random bytes, or what another wrapper kept of other requests or of the same."""
+    """Random bytes, or what another wrapper kept of other requests or of the same; not counters."""
     problem = make_problem(seed, [1] * 6, LENGTHS, 16)
     call, other = InPlaceCall(problem), InPlaceCall(problem)
-    kept, others = (each.wrapper._executor.schedule for each in (call, other))
+    kept, others = kept_part(call.wrapper), kept_part(other.wrapper)
     generator = torch.Generator(device="cuda").manual_seed(seed)
     for number in range(20):
-        kept.random_(0, 256, generator=generator)
+        kept.copy_(torch.randint(0, 256, kept.shape, generator=generator, device="cuda"))
         call.assert_right(f"random bytes, {number}")
-        words = kept.view(torch.int32)  # small numbers are likelier to be taken for right ones
-        words.random_(-2, 70, generator=generator)
+        # Small numbers are likelier to be taken for right ones.
+        words = torch.randint(-2, 70, (len(kept), kept.shape[1] // 4), dtype=torch.int32)
+        kept.copy_(words.view(torch.uint8))
         call.assert_right(f"small random numbers, {number}")
     for byte in (0, 1, 0xFF):
         kept.fill_(byte)
@@ -330,13 +337,13 @@ def test_half_of_the_buffer_is_another_calls(seed):
     """Each CTA judges what it has kept by itself."""
     problem = make_problem(seed, [1] * 6, LENGTHS, 16)
     call = InPlaceCall(problem)
-    schedule = call.wrapper._executor.schedule
+    schedule = kept_part(call.wrapper)
     call.run()
     right = schedule.clone()
     shorter = with_lengths(problem, [length // 2 for length in LENGTHS])
     call.change(shorter)
     call.run()
-    half = schedule.numel() // 2
+    half = len(schedule) // 2
     schedule[half:] = right[half:]
     call.assert_right("the second half of the buffer of longer requests")
     call.change(problem)

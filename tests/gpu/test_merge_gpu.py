@@ -1,0 +1,124 @@
+"""The merge at the end of the kernel, where CTAs wait for each other: also when not all can run."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+
+import pytest
+import torch
+from gpu_helpers import check, make_problem, make_wrapper, poisoned_outputs, run_once
+
+pytestmark = pytest.mark.gpu
+
+# Blocks that take most of an SM's shared memory each, and stay for a while.
+HOG = """
+#include <cuda_runtime.h>
+
+__global__ void hog(long long nanoseconds) {
+  extern __shared__ char memory[];
+  memory[threadIdx.x] = 0;
+  long long begin, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+  do {
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  } while (now - begin < nanoseconds);
+}
+
+extern "C" int launch(int blocks, long long nanoseconds, void* stream) {
+  cudaFuncSetAttribute(hog, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 * 1024);
+  hog<<<blocks, 1, 200 * 1024, (cudaStream_t)stream>>>(nanoseconds);
+  return cudaGetLastError();
+}
+"""
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+@pytest.fixture(scope="module")
+def hog(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc to compile a kernel that takes SMs away")
+    directory: pathlib.Path = tmp_path_factory.mktemp("hog")
+    source, library = directory / "hog.cu", directory / "hog.so"
+    source.write_text(HOG)
+    command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-arch=sm_90a"]
+    subprocess.run([*command, "-o", str(library), str(source)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def has_left(wrapper: object) -> bool:
+    """Whether a CTA left the merge of the last call: the upper half of its count of arrivals."""
+    num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
+    counters = wrapper._executor.schedule.view(num_ctas, -1)[:, -128:].contiguous()
+    calls, even, odd = counters.view(torch.int32)[:, :3].unbind(1)
+    assert (calls == calls[0]).all()
+    last = even if calls[0] % 2 == 1 else odd
+    return bool((last >> 16).any())
+
+
+# Few parts of long requests, many of one request, requests with parts in two CTAs.
+SHAPES = {
+    "16 x 2000": ([1] * 16, [2000] * 16),
+    "1 x 20000": ([1], [20000]),
+    "40 x various": ([1] * 40, [50 * i + 1 for i in range(40)]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("heads", [8, 16, 64, 128])
+@pytest.mark.parametrize("blocks", [1, 40, 131])
+def test_sms_taken_by_another_kernel(hog, blocks, heads, shape, seed):
+    """CTAs start 5 ms late, longer than others wait for them: the same bits nevertheless."""
+    problem = make_problem(seed, *SHAPES[shape], heads)
+    wrapper = make_wrapper()
+    expected = run_once(problem, wrapper)
+    check(problem, *expected)
+    side = torch.cuda.Stream()
+    for attempt in range(3):
+        out, lse = poisoned_outputs(problem)
+        torch.cuda.synchronize()
+        stream = ctypes.c_void_p(side.cuda_stream)
+        assert hog.launch(blocks, ctypes.c_longlong(5_000_000), stream) == 0
+        wrapper.run(*problem.run_arguments(), out=out, lse=lse, return_lse=True)
+        torch.cuda.synchronize()
+        if shape == "1 x 20000":  # of which every CTA has a part
+            assert has_left(wrapper), "no CTA had to wait so long that it left"
+        for given, wanted in zip((out, lse), expected, strict=True):
+            assert torch.equal(given, wanted), f"attempt {attempt}"
+    # Nothing is left behind that disturbs the next call.
+    for given, wanted in zip(run_once(problem, wrapper), expected, strict=True):
+        assert torch.equal(given, wanted)
+
+
+def test_streams_of_different_priority(seed):
+    """Calls that take SMs from each other while they run: all end, with the bits of calls alone."""
+    chosen = random.Random(seed)
+    problems = [
+        make_problem(seed + k, [1] * batch, [length] * batch, heads)
+        for k, (batch, length, heads) in enumerate(
+            ((16, 1000, 16), (1, 9000, 16), (8, 3000, 128), (3, 20000, 16), (60, 700, 64))
+        )
+    ]
+    wrappers = [make_wrapper() for _ in problems]
+    expected = [run_once(*pair) for pair in zip(problems, wrappers, strict=True)]
+    streams = [torch.cuda.Stream(priority=-(k % 3)) for k in range(len(problems))]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(400):
+        k = chosen.randrange(len(problems))
+        with torch.cuda.stream(streams[k]):
+            inputs = problems[k].run_arguments()
+            results.append((k, wrappers[k].run(*inputs, return_lse=True)))
+    torch.cuda.synchronize()
+    for number, (k, result) in enumerate(results):
+        for given, wanted in zip(result, expected[k], strict=True):
+            assert torch.equal(given, wanted), f"call {number}, problem {k}"
