@@ -90,7 +90,7 @@ def test_sms_taken_by_another_kernel(hog, blocks, heads, shape, seed):
         assert hog.launch(blocks, ctypes.c_longlong(5_000_000), stream) == 0
         wrapper.run(*problem.run_arguments(), out=out, lse=lse, return_lse=True)
         torch.cuda.synchronize()
-        if shape == "1 x 20000":  # of which every CTA has a part
+        if shape == "1 x 20000" and blocks == 131:  # nearly every CTA has a part, and one SM
             assert has_left(wrapper), "no CTA had to wait so long that it left"
         for given, wanted in zip((out, lse), expected, strict=True):
             assert torch.equal(given, wanted), f"attempt {attempt}"
