@@ -47,13 +47,15 @@ struct TokenPlace {
   int32_t row;
 };
 
+template <bool kGuessesPages>
 __device__ __forceinline__ TokenPlace find_token(Params const& params, Request const& request,
                                                  int32_t token, GuessedPage const& guessed) {
   if (token >= request.kv_len) return {-1, 0};
   int32_t page_in_request, row;
   params.divide_by_page_size(page_in_request, row, token);
   int32_t const index = request.page_begin + page_in_request;
-  return {index == guessed.index ? guessed.page : params.kv_indices[index], row};
+  bool const is_guessed = kGuessesPages && index == guessed.index;
+  return {is_guessed ? guessed.page : params.kv_indices[index], row};
 }
 
 // The token of a tile whose page a lane of the two loading warps looks up: the first of a group of
@@ -175,7 +177,8 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
     auto place_in = [&](int32_t tile) -> TokenPlace {
       bool const has_group = lane < groups && tile < segment.tile_end;
       int32_t const token = tile * kTokenTile + token_of_lane<KvLoader::kTma>(params);
-      return has_group ? find_token(params, segment.request, token, guessed) : TokenPlace{-1, 0};
+      return has_group ? find_token<Traits::kGuessesPages>(params, segment.request, token, guessed)
+                       : TokenPlace{-1, 0};
     };
     TokenPlace next_place = place_in(segment.tile_begin);
     for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
@@ -225,8 +228,8 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   Segment const& segment = walk.segment;
   do {
     auto place_in = [&](int32_t tile) {
-      int32_t const token = tile * kTokenTile + token_of_lane<KvLoader::kGather>(params);
-      return find_token(params, segment.request, token, guessed);
+      int32_t const token = tile * kTokenTile + first_token + lane;
+      return find_token<Traits::kGuessesPages>(params, segment.request, token, guessed);
     };
     TokenPlace next_place = place_in(segment.tile_begin);
 #pragma unroll 1

@@ -273,7 +273,6 @@ class Merge {
 
 // CTAs that came to a merge, in the lower half of a word; in the upper half, those that left before
 // all had come.
-using Arrivals = cuda::atomic_ref<uint32_t, cuda::thread_scope_device>;
 constexpr uint32_t kArrived = 0xffff;
 constexpr uint32_t kOneLeft = kArrived + 1;
 constexpr int64_t kPatience = 2'000'000;  // in cycles: 1 ms
@@ -282,16 +281,18 @@ constexpr int64_t kPatience = 2'000'000;  // in cycles: 1 ms
 // shares this one does. All CTAs of a grid run at the same time, unless other kernels have some of
 // the SMs; so nobody waits for ever. If a CTA gave up, the last one to come does the shares of all;
 // then nobody can give up any more.
-__device__ __forceinline__ MergeShares wait_for_parts(Arrivals arrivals,
+__device__ __forceinline__ MergeShares wait_for_parts(uint32_t& arrivals,
                                                       SplitRowTile const& split) {
   uint32_t const num_parts = split.descriptor.num_parts;
   int64_t const begin = clock64();
-  uint32_t state = arrivals.fetch_add(1, cuda::memory_order_acq_rel) + 1;
+  cuda::atomic_ref<uint32_t, cuda::thread_scope_device> const counter(arrivals);
+  uint32_t state = counter.fetch_add(1, cuda::memory_order_acq_rel) + 1;
   bool const is_last = (state & kArrived) == num_parts;
   while ((state & kArrived) != num_parts) {
-    state = arrivals.load(cuda::memory_order_acquire);
+    state = counter.load(cuda::memory_order_acquire);
     if ((state & kArrived) == num_parts || clock64() - begin < kPatience) continue;
-    if (arrivals.compare_exchange_strong(state, state + kOneLeft)) return {0, 0};
+    // Not the counter's own, which would put `state` on the stack.
+    if (atomicCAS(&arrivals, state, state + kOneLeft) == state) return {0, 0};
   }
   if (state < kOneLeft) return {split.part, split.part + 1};
   return {0, is_last ? int32_t(num_parts) : 0};
@@ -314,7 +315,7 @@ __device__ void merge_split_row_tiles(Params const& params,
   if (threadIdx.x % 32 == 0 && warp < 2 && num_parts(warp) > 0) {
     SplitRowTile const& split = merge.split_row_tiles[warp];
     KeptSchedule& kept = params.kept_schedules[split.number];
-    merge.shares[warp] = wait_for_parts(Arrivals(kept.arrivals[merge.call % 2]), split);
+    merge.shares[warp] = wait_for_parts(kept.arrivals[merge.call % 2], split);
   }
   sync();
   auto& scratch = *reinterpret_cast<typename Merge<Traits>::SharedStorage*>(shared.ring);
