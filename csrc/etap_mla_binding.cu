@@ -265,7 +265,8 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
   params.most_row_tiles = std::min<int64_t>(bound.row_tiles, INT32_MAX);
   params.most_parts = bound.parts;
   params.num_heads = q_nope.size(1);
-  params.log_row_tiles_together = params.num_heads % 128 == 0 && !is_batch_invariant ? 1 : 0;
+  params.log_row_tiles_together =
+      Traits::kPairsRowTiles && params.num_heads % 128 == 0 && !is_batch_invariant ? 1 : 0;
   params.total_queries = q_nope.size(0);
   params.num_pages = ckv.size(0);
   params.page_size = page_size;

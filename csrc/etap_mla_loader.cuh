@@ -170,7 +170,7 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
   TileByTma<Traits> const tile_copies = {&ckv_map, &kpe_map, rows_per_copy,
                                          int32_t(threadIdx.x) / 32 % kTmaWarps};
 
-  SegmentWalk<Traits::kRowTile> walk(params, work);
+  SegmentWalk<Traits> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
   Segment const& segment = walk.segment;
   do {
@@ -223,7 +223,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   auto const* const ckv = static_cast<Element const*>(params.ckv) + chunk * Boxes::kChunk;
   auto const* const kpe = static_cast<Element const*>(params.kpe) + chunk * Boxes::kChunk;
 
-  SegmentWalk<Traits::kRowTile> walk(params, work);
+  SegmentWalk<Traits> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
   Segment const& segment = walk.segment;
   do {
@@ -296,7 +296,7 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
   int32_t const thread = threadIdx.x % kQueryLoadThreads;
   int32_t const chunk = thread % 8;
 
-  SegmentWalk<Traits::kRowTile> walk(params, work);
+  SegmentWalk<Traits> walk(params, work);
   Segment& segment = walk.segment;
   bool has_segment = true;
   for (uint32_t number = 0;; ++number) {

@@ -22,6 +22,7 @@ struct RowsMlaTraits {
 
   static constexpr int kEmptyPlaces = 4;        // as in EtapMlaTraits
   static constexpr bool kGuessesPages = false;  // slower: the first tile waits for Q anyway
+  static constexpr bool kPairsRowTiles = true;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 224;

@@ -103,12 +103,12 @@ __device__ __forceinline__ int32_t count_token_tiles(Request const& request) {
 
 // A worker is one CTA or, where every request has an even number of row tiles of 64, two, each on
 // one of two row tiles: they read the same tokens at the same time, which then come from DRAM once.
-template <int kRowTile>
+template <class Traits>
 struct Worker {
   int32_t log_ctas, index, rank, count;
 
   __device__ __forceinline__ explicit Worker(Params const& params)
-      : log_ctas(log_row_tiles_together<kRowTile>(params)),
+      : log_ctas(log_row_tiles_together<Traits>(params)),
         index(blockIdx.x >> log_ctas),
         rank(blockIdx.x & ((1 << log_ctas) - 1)),
         count(gridDim.x >> log_ctas) {}
@@ -120,24 +120,24 @@ struct Worker {
 };
 
 // Those that are done together count once.
-template <int kRowTile>
+template <class Traits>
 __device__ __forceinline__ int32_t count_row_tiles(Params const& params, Request const& request) {
-  int32_t const row_tiles = (request.query_len * params.num_heads + kRowTile - 1) / kRowTile;
-  return row_tiles >> log_row_tiles_together<kRowTile>(params);
+  int32_t const row_tiles =
+      (request.query_len * params.num_heads + Traits::kRowTile - 1) / Traits::kRowTile;
+  return row_tiles >> log_row_tiles_together<Traits>(params);
 }
 
 // Of all its row tiles.
-template <int kRowTile>
+template <class Traits>
 __device__ __forceinline__ int32_t count_tiles(Params const& params, Request const& request) {
-  return saturating_multiply(count_token_tiles(request),
-                             count_row_tiles<kRowTile>(params, request));
+  return saturating_multiply(count_token_tiles(request), count_row_tiles<Traits>(params, request));
 }
 
-template <int kRowTile>
+template <class Traits>
 __device__ __forceinline__ int32_t count_places(Params const& params, Request const& request,
                                                 Partition const& partition) {
   return saturating_multiply(partition.places_of_row_tile(count_token_tiles(request)),
-                             count_row_tiles<kRowTile>(params, request));
+                             count_row_tiles<Traits>(params, request));
 }
 
 // What some requests add up to.
@@ -145,11 +145,11 @@ struct WorkSums {
   int32_t tiles, row_tiles, longest_row_tile;
 };
 
-template <int kRowTile>
+template <class Traits>
 __device__ __forceinline__ void add_request(Params const& params, Request const& request,
                                             WorkSums& sums) {
-  int32_t const row_tiles = count_row_tiles<kRowTile>(params, request);
-  sums.tiles = saturating_add(sums.tiles, count_tiles<kRowTile>(params, request));
+  int32_t const row_tiles = count_row_tiles<Traits>(params, request);
+  sums.tiles = saturating_add(sums.tiles, count_tiles<Traits>(params, request));
   sums.row_tiles = saturating_add(sums.row_tiles, row_tiles);
   sums.longest_row_tile =
       max(sums.longest_row_tile, row_tiles > 0 ? count_token_tiles(request) : 0);
@@ -202,7 +202,7 @@ __device__ __forceinline__ void add_over_cta(ScheduleScratch& scratch, WorkSums&
 
 // Walks the segments of one CTA, from the one in its work on. Both loaders walk for themselves and
 // see the same ones; the math warpgroups are told by the loader of the queries.
-template <int kRowTile>
+template <class Traits>
 class SegmentWalk {
  public:
   Segment segment;
@@ -237,15 +237,15 @@ class SegmentWalk {
     if (position_ >= work_.end) return false;
     Request& request = segment.request;
     Partition const& partition = work_.partition;
-    int32_t places = count_places<kRowTile>(params_, request, partition);
+    int32_t places = count_places<Traits>(params_, request, partition);
     while (position_ >= saturating_add(request_begin_, places)) {
       request_begin_ += places;
-      row_tiles_before_ += count_row_tiles<kRowTile>(params_, request);
+      row_tiles_before_ += count_row_tiles<Traits>(params_, request);
       request = clamp_request(params_, next_request_);
       if (++index_ >= params_.batch) return false;
       // Loaded one request ahead, so that nobody waits for it between two segments.
       next_request_ = load_request(params_, index_ + 1);
-      places = count_places<kRowTile>(params_, request, partition);
+      places = count_places<Traits>(params_, request, partition);
     }
     int32_t const tiles = count_token_tiles(request);
     int32_t const offset = position_ - request_begin_;
@@ -254,9 +254,10 @@ class SegmentWalk {
     int32_t const row_tile = offset < places_of_row_tile ? 0 : offset / places_of_row_tile;
     // Negative in an empty place.
     int32_t const tile = offset - row_tile * places_of_row_tile - (places_of_row_tile - tiles);
-    Worker<kRowTile> const worker(params_);
-    segment.row_begin = ((row_tile << worker.log_ctas) + worker.rank) * kRowTile;
-    segment.num_rows = min(kRowTile, request.query_len * params_.num_heads - segment.row_begin);
+    Worker<Traits> const worker(params_);
+    segment.row_begin = ((row_tile << worker.log_ctas) + worker.rank) * Traits::kRowTile;
+    segment.num_rows =
+        min(Traits::kRowTile, request.query_len * params_.num_heads - segment.row_begin);
     segment.packed_row = request.query_begin * params_.num_heads + segment.row_begin;
     segment.tile_begin = max(tile, 0);
     segment.tile_end = tile + (work_.end - position_);
@@ -288,7 +289,7 @@ class SegmentWalk {
       descriptor.num_parts = num_parts > 1 ? num_parts : 0;
       params_.merge_descriptors[row_tile_number()] = descriptor;
     } else if (!segment.is_whole()) {
-      Worker<kRowTile> const worker(params_);
+      Worker<Traits> const worker(params_);
       int32_t const row_tile_begin = position_ - segment.tile_end;
       int32_t const last = work_.partition.cta_of(row_tile_begin + tiles - 1);
       int32_t const first =
@@ -311,7 +312,7 @@ class SegmentWalk {
 
   // Of the segment's row tile, over the whole line.
   __device__ int32_t row_tile_number() const {
-    return row_tiles_before_ + segment.row_begin / kRowTile;
+    return row_tiles_before_ + segment.row_begin / Traits::kRowTile;
   }
 
   Params const& params_;
@@ -390,7 +391,7 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   Request request;
   for (int32_t i = 0; i < requests; ++i) {
     request = clamp_request(params, load_request(params, first + i));
-    add_request<kRowTile>(params, request, sums);
+    add_request<Traits>(params, request, sums);
   }
   WorkSums const own = sums;
   WorkSums before = add_over_warp(sums);
@@ -398,7 +399,7 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   bool const is_batch_invariant = params.fixed_split_tiles > 0;
   // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
   if (is_batch_invariant && sums.tiles == kMaxTiles) sums = {};
-  Worker<kRowTile> const worker(params);
+  Worker<Traits> const worker(params);
   Partition const partition =
       make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, worker.count,
                      kRowTile, is_batch_invariant ? 0 : Traits::kEmptyPlaces);
@@ -413,12 +414,12 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   int32_t index = first;  // this thread's share holds the CTA's first place
   if (requests > 1) {
     request = clamp_request(params, load_request(params, index));
-    int32_t places_of_request = count_places<kRowTile>(params, request, partition);
+    int32_t places_of_request = count_places<Traits>(params, request, partition);
     while (begin >= saturating_add(place, places_of_request)) {
       place += places_of_request;
-      before.row_tiles += count_row_tiles<kRowTile>(params, request);
+      before.row_tiles += count_row_tiles<Traits>(params, request);
       request = clamp_request(params, load_request(params, ++index));
-      places_of_request = count_places<kRowTile>(params, request, partition);
+      places_of_request = count_places<Traits>(params, request, partition);
     }
   }
   found.end = end;
@@ -427,7 +428,7 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   found.request_index = index;
   found.row_tiles_before = before.row_tiles;
   found.segment.request = request;
-  work = SegmentWalk<kRowTile>::begin(params, found);
+  work = SegmentWalk<Traits>::begin(params, found);
 }
 
 // Nobody counts in the arrivals of the next call yet: the calls before have ended. So whatever may

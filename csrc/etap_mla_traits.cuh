@@ -224,9 +224,9 @@ struct Params {
 
 // Where every request has an even number of row tiles of 64, two CTAs work together, each on one of
 // two row tiles: they read the same tokens at the same time, which then come from DRAM once.
-template <int kRowTile>
+template <class Traits>
 __device__ __forceinline__ int32_t log_row_tiles_together(Params const& params) {
-  return kRowTile == 64 ? params.log_row_tiles_together : 0;
+  return Traits::kPairsRowTiles ? params.log_row_tiles_together : 0;
 }
 
 template <typename DType_, int kRowTile_, KvLoader kKvLoader_>
@@ -243,6 +243,7 @@ struct EtapMlaTraits {
   // many, calls were fastest (scripts/TUNING.md).
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
   static constexpr bool kGuessesPages = true;
+  static constexpr bool kPairsRowTiles = false;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 216;
