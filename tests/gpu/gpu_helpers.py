@@ -227,6 +227,11 @@ def capture_graph(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A result as integers, of which NaN and the zeros compare as they are stored."""
+    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
 def poisoned_outputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and LSE buffers full of NaN: whatever is not written fails the comparison."""
     shape = (problem.q_nope.shape[0], problem.num_heads, 512)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gpu_helpers import (
     Problem,
+    bits,
     capture_graph,
     check,
     make_problem,
@@ -18,10 +19,6 @@ from gpu_helpers import (
 )
 
 pytestmark = pytest.mark.gpu
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 @pytest.mark.parametrize("page_size", [1, 64])

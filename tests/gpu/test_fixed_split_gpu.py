@@ -12,6 +12,7 @@ import torch
 from fp8_problems import check_fp8, make_fp8_problem
 from gpu_helpers import (
     Problem,
+    bits,
     capture_graph,
     check,
     make_problem,
@@ -105,10 +106,6 @@ def subset(problem: Problem, requests: Sequence[int]) -> Problem:
         kv_lens=kv_lens,
         tokens=[problem.tokens[r] for r in requests],
     )
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 def assert_same_bits(

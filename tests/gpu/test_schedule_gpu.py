@@ -11,6 +11,7 @@ import torch
 from fp8_problems import check_fp8, make_fp8_problem
 from gpu_helpers import (
     Problem,
+    bits,
     capture_graph,
     check,
     make_problem,
@@ -38,8 +39,7 @@ def kept_part(wrapper: object) -> torch.Tensor:
 
 def assert_same_bits(found: Results, expected: Results, what: str) -> None:
     for name, given, wanted in zip(("output", "LSE"), found, expected, strict=True):
-        integer = torch.int32 if given.dtype == torch.float32 else torch.int16
-        differing = int((given.view(integer) != wanted.view(integer)).sum())
+        differing = int((bits(given) != bits(wanted)).sum())
         assert differing == 0, f"{what}: {differing} of {given.numel()} values of the {name} differ"
 
 
