@@ -219,6 +219,25 @@ def test_rows_not_written_are_caught(row: int) -> None:
     assert judge(given).is_mismatch()
 
 
+def test_weights_below_float32_may_be_lost() -> None:
+    """Seed 43, case 2213: the token with all the weight has a value of 0, the next one e^-102."""
+
+    def shape(given: tensors.Tensors) -> None:
+        heavy, light = given.groups[0].slots[0, :2].tolist()
+        for values in (given.queries, given.pool):
+            values.zero_()
+        given.queries[..., tensors.HEAD_DIM_CKV] = 1
+        given.pool[heavy, tensors.HEAD_DIM_CKV] = 102
+        given.pool[light, 7] = 2.0**40
+
+    given = run_plain(shape, q_lens=(1,), kv_lens=(2,), sm_scale=1.0, causal=False)
+    given.out.zero_()
+    given.lse.fill_(102 / math.log(2))
+    assert not judge(given).is_mismatch()
+    given.out[0, 3, 7] = 2.0**-84  # four times as much as may be lost
+    assert judge(given).element > 1
+
+
 def test_small_errors_are_caught() -> None:
     given = run_plain()
     given.out[1, 5, 17] *= 1 + 2.0**-6  # two units of the last place

@@ -18,7 +18,8 @@ Where the error comes from, to first order, for one row:
     so is O. Where one token has all the weight O is not uncertain at all.
 2.  p. Weights 2^(S - max) are stored as a high and a low part of the type of the cache, hence
     rounded by u^2 of themselves; those of requests longer than two_part_tokens() as the high part
-    alone, rounded by u. In fp16 either may lose half the smallest subnormal number.
+    alone, rounded by u. In fp16 either may lose half the smallest subnormal number. Those below the
+    smallest normal float32 number are 0: seen where the row's heaviest token has a value of 0.
     For a cache in FlashMLA's layout, weights times scales are stored in fp16, for results of fp16
     in two parts, whatever the length: csrc/etap_mla_flashmla_scores.cuh says what is lost.
 3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
@@ -69,6 +70,10 @@ FLASHMLA_SMALLEST = 2.0**-32
 SCALE_COLUMNS = 128
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# What may be lost of a weight, over the row's largest: all below float32's smallest normal number,
+# or half the smallest subnormal one of fp16.
+LOST_WEIGHT = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
+# Of the output.
 SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 
 
@@ -170,8 +175,7 @@ def exact(
     steps = visible.clamp(min=0) / 16 + FIXED_SUM_STEPS
     change += p * steps * SUM_ROUNDOFF
     dtype = queries.dtype
-    if dtype == torch.float16:
-        change += weights.clamp(max=SMALLEST[dtype] / 2) / divisor
+    change += weights.clamp(max=LOST_WEIGHT[dtype]) / divisor
     v = k[..., :HEAD_DIM_CKV]
     has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None, None]
     unit = UNIT_ROUNDOFF[dtype]
