@@ -182,7 +182,7 @@ __device__ __forceinline__ WorkSums add_over_warp(WorkSums& sums) {
 __device__ __forceinline__ void add_over_cta(ScheduleScratch& scratch, WorkSums& sums,
                                              WorkSums& before) {
   int32_t const warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0) {
+  if (threadIdx.x % 32 == 0 && warp < kThreads / 32) {
     scratch.warps[warp] = make_int4(sums.tiles, sums.row_tiles, sums.longest_row_tile, 0);
   }
   __syncthreads();
