@@ -314,7 +314,7 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
                   : make_pool_map(kpe, rows_per_copy, kHeadDimKpe, 0, std::min(boxes_per_copy, 1));
   }
   auto const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
-  launch_dependent(etap_mla_kernel<Traits>, num_ctas, kThreads,
+  launch_dependent(etap_mla_kernel<Traits>, num_ctas, Traits::kCtaThreads,
                    sizeof(typename Traits::SharedStorage), stream, params, ckv_map, kpe_map);
   if (is_batch_invariant) {
     launch_dependent(etap_mla_merge_kernel<Traits>, kMergeCtasPerSm * num_ctas, kMergeThreads, 0,

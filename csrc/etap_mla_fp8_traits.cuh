@@ -35,6 +35,9 @@ struct EtapMlaFp8Traits {
   static constexpr bool kGuessesPages = kRowTile < 64;         // slower, and would spill
   static constexpr bool kPairsRowTiles = false;                // gains 1 %, and would spill
 
+  static constexpr int kCtaThreads = kThreads;
+  static constexpr int kQueryWarps = kMathWarps;
+
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;

@@ -42,13 +42,13 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   } else if (i == 2 * kRing) {
     Barrier::init(&shared.query_full, kQueryLoadThreads);
   } else if (i == 2 * kRing + 1) {
-    Barrier::init(&shared.query_empty, kMathWarps);
+    Barrier::init(&shared.query_empty, Traits::kQueryWarps);
   }
   cutlass::arch::fence_barrier_init();
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Traits::kCtaThreads, 1)
     etap_mla_kernel(__grid_constant__ Params const params,
                     __grid_constant__ CUtensorMap const ckv_map,
                     __grid_constant__ CUtensorMap const kpe_map) {
@@ -75,7 +75,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   schedule_cta<Traits>(params, shared);
   if (!work.has_segment) return;
 
-  if (threadIdx.x >= kMathThreads) {
+  if (threadIdx.x >= kThreads) {
+    if constexpr (Traits::kCtaThreads > kThreads) {
+      cutlass::arch::warpgroup_reg_dealloc<Traits::kScoreRegisters>();
+      ScoreWarpgroup<Traits>(params, shared).run();
+    }
+  } else if (threadIdx.x >= kMathThreads) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     int32_t const warp = threadIdx.x / 32 % 4;
     if (warp >= 2) {
@@ -90,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (Traits::kKvCache != KvCache::kSame) {
       Fp8MathWarpgroup<Traits>(params, shared).run();
     } else if constexpr (Traits::kRowTile == 64) {
-      RowsMathWarpgroup<Traits>(params, shared).run();
+      ValueWarpgroup<Traits>(params, shared).run();
     } else {
       MathWarpgroup<Traits>(params, shared).run();
     }

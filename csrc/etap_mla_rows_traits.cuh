@@ -24,32 +24,33 @@ struct RowsMlaTraits {
   static constexpr bool kGuessesPages = false;  // slower: the first tile waits for Q anyway
   static constexpr bool kPairsRowTiles = true;
 
-  // Registers a thread, after the producer gave some of its share to the math warpgroups.
-  static constexpr int kMathRegisters = 224;
-  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
+  // Beside the warpgroups of every kernel, of which the math ones have the values, there is one
+  // that makes the scores.
+  static constexpr int kCtaThreads = kThreads + kWarpgroupThreads;
+  // Arrivals that free the queries: of warps that read them or, the math's, what comes with them.
+  static constexpr int kQueryWarps = kMathWarps + kWarpgroupThreads / 32;
+
+  // Registers a thread, of which all start with the same number.
+  static constexpr int kMathRegisters = 176;
+  static constexpr int kScoreRegisters = 104;
+  static constexpr int kProducerRegisters = 56;
+  static_assert(kMathWarpgroups * kMathRegisters + kScoreRegisters + kProducerRegisters == 4 * 128,
+                "a CTA of 512 threads starts with 128 registers a thread");
 
   // P in a high and a low part of DType adds nothing to the error of the result, but takes P V
   // twice. Rounding P shows less the more tokens share the weight: longer requests have the high
   // part alone. Depends on the request alone, not on its batch.
   static constexpr int kLongestSplitPRequest = 512;
 
-  // Two stages of a tile each; math warpgroup g makes S and P of the tiles in stage g. All operands
-  // are 128-byte swizzled. A box is seen as K [tokens x columns] and as V [columns x tokens]; once
-  // S is there, the box of kpe may take the low part of P [rows x tokens].
-  static constexpr int kStages = kMathWarpgroups;
+  // Two stages of a tile each. All operands are 128-byte swizzled. A box is seen as K [tokens x
+  // columns] and as V [columns x tokens]; once S is there, the box of kpe may take the low part of P
+  // [rows x tokens].
+  static constexpr int kStages = 2;
   static constexpr int kRingBoxes = kStages * kBoxesPerTile;
 
-  // Boxes of S = Q K^T that come before P V of the tile before. None, and the tensor cores idle
-  // until that P is there; all, and the boxes of that tile are given back too late.
-  static constexpr int kBoxesAhead = 3;
-  static_assert(kBoxesAhead % 2 == 1, "kpe and whole pairs");
-
-  // In which order the boxes of a stage become free, are asked for and used: kpe, the half of ckv
-  // whose owner makes S, the other half. Those of ckv come and go in pairs, by the barriers of a
-  // pair's first.
-  __device__ static int32_t box_in_order(int32_t stage, int32_t i) {
-    return i == 0 ? 0 : 1 + ((i - 1) ^ (stage * kBoxesPerWarpgroup));
-  }
+  // In which order the boxes of a stage become free, are asked for and used. Those of ckv come and
+  // go in pairs, by the barriers of a pair's first.
+  __device__ static constexpr int32_t box_in_order(int32_t i) { return i; }
   static constexpr int kBoxesPerPair = 2;
   __host__ __device__ static constexpr bool has_barrier(int32_t box) {
     return box == 0 || (box - 1) % kBoxesPerPair == 0;
@@ -70,10 +71,10 @@ struct RowsMlaTraits {
   using MmaQk = decltype(make_tiled_mma(
       GMMA::ss_op_selector<DType, DType, float, Shape<Int<kRowTile>, Int<kTokenTile>, _16>,
                            GMMA::Major::K, GMMA::Major::K>()));
-  // P of the other warpgroup lies in shared memory, one's own in registers.
-  using ShapePv = Shape<Int<kRowTile>, Int<kHalfColumns>, _16>;
-  using MmaPvShared = decltype(make_tiled_mma(
+  using ShapePv = Shape<Int<kRowTile>, Int<kHalfColumns / 2>, _16>;
+  using MmaPv = decltype(make_tiled_mma(
       GMMA::ss_op_selector<DType, DType, float, ShapePv, GMMA::Major::K, GMMA::Major::MN>()));
+  // For the layout of P alone, in the registers where it is made.
   using MmaPvRegisters = decltype(make_tiled_mma(
       GMMA::rs_op_selector<DType, DType, float, ShapePv, GMMA::Major::K, GMMA::Major::MN>()));
 
@@ -81,8 +82,8 @@ struct RowsMlaTraits {
     alignas(1024) DType ring[kRingBoxes * kBoxElements];
     alignas(1024) DType query[cosize_v<LayoutQ>];
     alignas(1024) DType probability[cosize_v<LayoutP>];
-    float reference[kMathWarpgroups][kRowTile];   // of the last tile that the warpgroup made P of
-    float row_sum[2][kMathWarpgroups][kRowTile];  // [segment number % 2], at a segment's end
+    float factor[kRowTile];   // that brings O to the reference of P
+    float row_sum[kRowTile];  // at a segment's end
     ScheduleScratch schedule;
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
     uint64_t query_full, query_empty;

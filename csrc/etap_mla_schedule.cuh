@@ -182,7 +182,7 @@ __device__ __forceinline__ WorkSums add_over_warp(WorkSums& sums) {
 __device__ __forceinline__ void add_over_cta(ScheduleScratch& scratch, WorkSums& sums,
                                              WorkSums& before) {
   int32_t const warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0) {
+  if (threadIdx.x % 32 == 0 && warp < kThreads / 32) {
     scratch.warps[warp] = make_int4(sums.tiles, sums.row_tiles, sums.longest_row_tile, 0);
   }
   __syncthreads();
@@ -342,21 +342,25 @@ __device__ __forceinline__ bool recall_cta_work(Params const& params, RawRequest
   KeptSchedule const& kept = params.kept_schedules[blockIdx.x];
   int32_t const thread = threadIdx.x;
   constexpr int32_t kWorkWords = sizeof(CtaWork) / sizeof(int4);
+  int4 offsets = {}, work_words = {};
+  int32_t kv_len = 0, key_word = 0;
+  // All loads before the first comparison, which would wait: one trip to memory. Past L1, which may
+  // hold what a CTA before the last one kept.
+  if (thread < params.batch) {
+    offsets = __ldcg(&kept.offsets[thread]);
+    kv_len = __ldcg(&kept.kv_len[thread]);
+  }
+  if (thread < kScheduleKeyWords) key_word = __ldcg(&kept.key[thread]);
+  if (thread < kWorkWords) {
+    work_words = __ldcg(reinterpret_cast<int4 const*>(&kept.work) + thread);
+  }
   bool is_same = true;
   if (thread < params.batch) {
-    // Past L1, which may hold what a CTA before the last one kept.
-    int4 const offsets = __ldcg(&kept.offsets[thread]);
-    int32_t const kv_len = __ldcg(&kept.kv_len[thread]);
     is_same = offsets.x == own.query_begin && offsets.y == own.query_end &&
               offsets.z == own.page_begin && offsets.w == own.page_end && kv_len == own.kv_len;
   }
-  if (thread < kScheduleKeyWords) {
-    is_same = is_same && __ldcg(&kept.key[thread]) == params.schedule_key[thread];
-  }
-  if (thread < kWorkWords) {
-    reinterpret_cast<int4*>(&work)[thread] =
-        __ldcg(reinterpret_cast<int4 const*>(&kept.work) + thread);
-  }
+  if (thread < kScheduleKeyWords) is_same = is_same && key_word == params.schedule_key[thread];
+  if (thread < kWorkWords) reinterpret_cast<int4*>(&work)[thread] = work_words;
   return __syncthreads_and(is_same);
 }
 

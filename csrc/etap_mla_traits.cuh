@@ -245,6 +245,9 @@ struct EtapMlaTraits {
   static constexpr bool kGuessesPages = true;
   static constexpr bool kPairsRowTiles = false;
 
+  static constexpr int kCtaThreads = kThreads;
+  static constexpr int kQueryWarps = kMathWarps;
+
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 216;
   static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
