@@ -2,7 +2,7 @@
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
  * ETAP MLA decode (arXiv 2506.01969): tokens on WGMMA's M, packed rows (query x head) on N. A CTA
- * of three warpgroups works on a range of token tiles:
+ * of three warpgroups, or four, works on a range of token tiles:
  *
  *   producer          each token tile: 9 boxes [64 tokens x 64 columns] -> ring (TMA or cp.async)
  *                     each row tile:   Q [row tile x 576] -> shared memory
@@ -12,7 +12,8 @@
  *                     at last:         with those CTAs, join the parts (etap_mla_merge.cuh)
  *
  * The math differs: etap_mla_math.cuh up to 32 rows, etap_mla_rows_math.cuh for 64, which fill M
- * themselves (S = Q K^T, O = P V), etap_mla_fp8_math.cuh for an fp8 cache.
+ * themselves (S = Q K^T, O = P V) and have a fourth warpgroup for S and P, etap_mla_fp8_math.cuh
+ * for an fp8 cache.
  */
 #pragma once
 

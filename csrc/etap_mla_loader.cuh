@@ -138,7 +138,7 @@ struct TileByTma {
 #pragma unroll 1
     for (int32_t pair = warp; pair <= kCkvBoxes / Traits::kBoxesPerPair; pair += kTmaWarps) {
       bool const is_kpe = pair == 0;
-      int32_t const box = Traits::box_in_order(is_kpe ? 0 : Traits::kBoxesPerPair * (pair - 1) + 1);
+      int32_t const box = is_kpe ? 0 : Traits::kBoxesPerPair * (pair - 1) + 1;
       int32_t const boxes = is_kpe ? 1 : Traits::kBoxesPerPair;
       int32_t const slot = stage.index + box;
       Barrier::wait(&shared.box_empty[slot], stage.parity ^ 1);

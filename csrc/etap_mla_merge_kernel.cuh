@@ -74,9 +74,8 @@ class DescriptorSearch {
   MergeDescriptor descriptors_[kPerLane];
 };
 
-// A rehearsal goes through the code with
-// nothing to join, while the attention kernel still runs: afterwards its instructions and constants
-// are in the caches.
+// A rehearsal goes through the code with nothing to join, while the attention kernel still runs:
+// afterwards its instructions and constants are in the caches.
 template <class Traits>
 __global__ void __launch_bounds__(kMergeThreads, kMergeCtasPerSm)
     etap_mla_merge_kernel(__grid_constant__ Params const params) {

@@ -6,11 +6,11 @@
  *   score warpgroup           S = Q K^T, box by box as they arrive
  *                             r = running maxima;  P = 2^(S - r);  factor = 2^(r before - r)
  *                             P and factor -> shared memory, once those before were used
- *   value warpgroups g = 0, 1 O[g] = factor O[g] + P V[g], where g is a half of d_v
+ *   value warpgroup g = 0, 1  O[g] = factor O[g] + P V[g], where g is a half of d_v
  *                             boxes -> producer
  *
- * Scores run ahead of values by a tile: while a softmax is made, the tensor cores have the values
- * of the tile before, and while those are given back and the next boxes come, the next scores.
+ * The tensor cores take what comes first: usually P V of a tile and then, while its boxes are given
+ * back and others come, the next tile's S; they idle during a softmax (scripts/TUNING.md).
  */
 #pragma once
 
@@ -65,10 +65,10 @@ class RowsWarpgroup {
     return shared_.ring + (stage() * kBoxesPerTile + number) * kBoxElements;
   }
 
-  // Of tile_number_.
+  // The tile's; they are filled in turns.
   __device__ int32_t stage() const { return tile_number_ % Traits::kStages; }
 
-  // Waits for a box, or for the pair that it begins. The stages are filled in turns.
+  // Waits for a box, or for the pair that it begins.
   __device__ void wait_for_box(int32_t number) const {
     Barrier::wait(&shared_.box_full[stage() * kBoxesPerTile + number],
                   tile_number_ / Traits::kStages & 1);
@@ -96,10 +96,10 @@ class RowsWarpgroup {
 template <class Traits>
 class ScoreWarpgroup : RowsWarpgroup<Traits> {
   using Base = RowsWarpgroup<Traits>;
-  using typename Base::DType;
   using Base::box, Base::kRows, Base::kRowTile, Base::lane_, Base::multiply_, Base::params_,
       Base::release_box, Base::row, Base::segment, Base::segment_number_, Base::shared_,
       Base::thread_, Base::tile_number_, Base::warp_;
+  using typename Base::DType;
 
  public:
   __device__ ScoreWarpgroup(Params const& params, typename Traits::SharedStorage& shared)
@@ -173,13 +173,11 @@ class ScoreWarpgroup : RowsWarpgroup<Traits> {
     warpgroup_fence_operand(scores_);
 #pragma unroll
     for (int32_t i = 0; i < kBoxesPerTile; ++i) {
-      int32_t const number = Traits::box_in_order(i);
-      if (Traits::has_barrier(i)) this->wait_for_box(number);
+      if (Traits::has_barrier(i)) this->wait_for_box(i);
       warpgroup_arrive();
 #pragma unroll
       for (int32_t step = 0; step < size<2>(k_operand); ++step) {
-        multiply_(mma, q_operand(_, 0, step, number), k_operand(_, 0, step, number),
-                  scores_(_, 0, 0));
+        multiply_(mma, q_operand(_, 0, step, i), k_operand(_, 0, step, i), scores_(_, 0, 0));
         mma.accumulate_ = GMMA::ScaleOut::One;
       }
     }
@@ -288,8 +286,7 @@ class ScoreWarpgroup : RowsWarpgroup<Traits> {
       params_.partial_ml[segment().slot * kRowTile + row(i)] =
           make_float2(reference_[i], row_sum_[i]);
     } else if (params_.lse != nullptr && row(i) < segment().num_rows) {
-      params_.lse[segment().packed_row + row(i)] =
-          log_sum_exp(params_, reference_[i], row_sum_[i]);
+      params_.lse[segment().packed_row + row(i)] = log_sum_exp(params_, reference_[i], row_sum_[i]);
     }
   }
 
@@ -305,10 +302,10 @@ class ScoreWarpgroup : RowsWarpgroup<Traits> {
 template <class Traits>
 class ValueWarpgroup : RowsWarpgroup<Traits> {
   using Base = RowsWarpgroup<Traits>;
-  using typename Base::DType;
   using Base::box, Base::kRows, Base::kRowTile, Base::lane_, Base::multiply_, Base::params_,
       Base::release_box, Base::row, Base::segment, Base::segment_number_, Base::shared_,
       Base::thread_, Base::tile_number_, Base::warp_;
+  using typename Base::DType;
   static constexpr int kOutputBlocks = Traits::kHalfColumns / 8;
 
  public:
@@ -317,7 +314,7 @@ class ValueWarpgroup : RowsWarpgroup<Traits> {
 
   __device__ __forceinline__ void run() {
     for (; this->wait_for_segment(); ++segment_number_) {
-      this->release_queries();  // not that they were used; but the segment before was
+      this->release_queries();  // of which it uses none, but it is done with the segment before
       clear(output_);
       if (this->splits_probability()) {
         run_segment<true>();
@@ -402,8 +399,7 @@ class ValueWarpgroup : RowsWarpgroup<Traits> {
   __device__ __forceinline__ void multiply_values() {
     typename Traits::MmaPv mma;
     auto const thread_mma = mma.get_slice(thread_);
-    Tensor v =
-        make_tensor(make_smem_ptr(box(first_value_box())), typename Traits::LayoutV{});
+    Tensor v = make_tensor(make_smem_ptr(box(first_value_box())), typename Traits::LayoutV{});
     Tensor v_operand = thread_mma.partition_fragment_B(v);  // (MMA, 1, 4)
     Tensor high = make_tensor(make_smem_ptr(shared_.probability), typename Traits::LayoutP{});
     Tensor low = make_tensor(make_smem_ptr(box(0)), typename Traits::LayoutP{});

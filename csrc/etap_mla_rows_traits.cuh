@@ -43,14 +43,12 @@ struct RowsMlaTraits {
   static constexpr int kLongestSplitPRequest = 512;
 
   // Two stages of a tile each. All operands are 128-byte swizzled. A box is seen as K [tokens x
-  // columns] and as V [columns x tokens]; once S is there, the box of kpe may take the low part of P
-  // [rows x tokens].
+  // columns] and as V [columns x tokens]; once S is there, the box of kpe may take the low part of
+  // P [rows x tokens].
   static constexpr int kStages = 2;
   static constexpr int kRingBoxes = kStages * kBoxesPerTile;
 
-  // In which order the boxes of a stage become free, are asked for and used. Those of ckv come and
-  // go in pairs, by the barriers of a pair's first.
-  __device__ static constexpr int32_t box_in_order(int32_t i) { return i; }
+  // Boxes of ckv come and go in pairs, by the barriers of a pair's first.
   static constexpr int kBoxesPerPair = 2;
   __host__ __device__ static constexpr bool has_barrier(int32_t box) {
     return box == 0 || (box - 1) % kBoxesPerPair == 0;

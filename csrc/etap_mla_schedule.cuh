@@ -101,8 +101,7 @@ __device__ __forceinline__ int32_t count_token_tiles(Request const& request) {
   return max((request.kv_len + kTokenTile - 1) / kTokenTile, 1);
 }
 
-// A worker is one CTA or, where every request has an even number of row tiles of 64, two, each on
-// one of two row tiles: they read the same tokens at the same time, which then come from DRAM once.
+// A worker is one CTA or, where row tiles are done in pairs, two.
 template <class Traits>
 struct Worker {
   int32_t log_ctas, index, rank, count;

@@ -59,13 +59,8 @@ def choose_row_tile(num_heads: int, query_len: int, kv_cache: KvCache = "same") 
 
 
 def choose_batch_invariant_row_tile(num_heads: int, kv_cache: KvCache) -> int:
-    """Choose the row tile of batch-invariant calls: that of one query, so others' have no say.
-
-    It is not 64 unless the cache is fp8: the kernel of 64 rows sums a score's columns in an order
-    that depends on which of its two stages a tile comes to.
-    """
-    row_tile = choose_row_tile(num_heads, 1, kv_cache)
-    return min(row_tile, 32) if kv_cache == "same" else row_tile
+    """Choose the row tile of batch-invariant calls: that of one query, so others' have no say."""
+    return choose_row_tile(num_heads, 1, kv_cache)
 
 
 def choose_kv_loader(page_size: int) -> KvLoader:
