@@ -171,10 +171,14 @@ def difference(first: list[Answer], second: list[Answer]) -> Difference:
     return total
 
 
+def has_close_logprobs(found: Difference, allowed: Difference) -> bool:
+    return found.worst_logprob <= FACTOR * allowed.worst_logprob + FLOOR
+
+
 def is_close(found: Difference, allowed: Difference) -> bool:
     """Whether answers are hardly further apart than those of two backends that are right."""
     return (
-        found.worst_logprob <= FACTOR * allowed.worst_logprob + FLOOR
+        has_close_logprobs(found, allowed)
         and found.worst_gap <= FACTOR * max(allowed.worst_gap, allowed.worst_logprob) + FLOOR
     )
 
