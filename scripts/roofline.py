@@ -230,9 +230,14 @@ def bounds_table(gpu: Gpu, rows: Sequence[int], batch: int, context: int) -> str
     return format_table(lines)
 
 
+# The read ceiling is taken with 1.2 GB, launch and ramp included: some 5 of its 270 us.
+# Calls that read ten times as much spend next to nothing on them.
+CEILING_RAMP = 0.02
+
+
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A measured time beside its bound; ``share`` above 1 would disprove the bound."""
+    """A measured time beside its bound, which a share above 1 + CEILING_RAMP would disprove."""
 
     cell: str
     kernel: str
@@ -243,12 +248,17 @@ class Check:
     def share(self) -> float:
         return self.bound.us / self.us
 
+    @property
+    def beats_bound(self) -> bool:
+        return self.share > 1 + CEILING_RAMP
+
 
 def checks(gpu: Gpu, evidence: dict[str, Any]) -> list[Check]:
     """Every measured time of ETAP and of the padded peers beside its bound.
 
     The bandwidth is the read ceiling measured in the same run, which is less than the data sheet's
-    and so the harder test. Cells of varied lengths are left out: their tokens are not recorded.
+    and so the harder test, by CEILING_RAMP too hard for long calls. Cells of varied lengths are
+    left out: their tokens are not recorded.
     """
     gpu = dataclasses.replace(gpu, bandwidth_tbps=evidence["read_ceiling_gbps"] / 1e3)
     found = []
@@ -289,7 +299,7 @@ def checks_text(gpu: Gpu, evidence: dict[str, Any]) -> str:
         f"{format_table(lines)}\n"
         f"closest to its bound of {len(found)} times, padded peers among them: {closest.kernel} at "
         f"{closest.cell}, {100 * closest.share:.0f} %; "
-        f"{sum(one.share > 1 for one in found)} beat theirs"
+        f"{sum(one.beats_bound for one in found)} beat theirs"
     )
 
 
@@ -435,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
         if gpu.evidence:
             evidence = json.loads(gpu.evidence.read_text())
             print(checks_text(gpu, evidence), end="\n\n")
-            beaten |= any(one.share > 1 for one in checks(gpu, evidence))
+            beaten |= any(one.beats_bound for one in checks(gpu, evidence))
             print(l2_text(gpu), end="\n\n")
         if gpu.name == "h20":
             print(paper_text(gpu), end="\n\n")

@@ -129,7 +129,7 @@ def test_no_measured_cell_beats_its_bound():
     equal = [case for case in evidence["cases"] if "lengths" not in case]
     assert equal
     assert sum(one.kernel == "etap" for one in found) == len(equal)
-    assert [one for one in found if one.share > 1] == []
+    assert [one for one in found if one.beats_bound] == []
 
 
 def test_a_cell_that_beats_its_bound_is_seen(monkeypatch, tmp_path, capsys):
