@@ -58,11 +58,6 @@ def choose_row_tile(num_heads: int, query_len: int, kv_cache: KvCache = "same") 
     return next((row_tile for row_tile in tiles if rows <= row_tile), tiles[-1])
 
 
-def choose_batch_invariant_row_tile(num_heads: int, kv_cache: KvCache) -> int:
-    """Choose the row tile of batch-invariant calls: that of one query, so others' have no say."""
-    return choose_row_tile(num_heads, 1, kv_cache)
-
-
 def choose_kv_loader(page_size: int) -> KvLoader:
     """Choose how the kernel reads the cache.
 

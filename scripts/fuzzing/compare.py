@@ -70,11 +70,11 @@ FLASHMLA_SMALLEST = 2.0**-32
 SCALE_COLUMNS = 128
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# The smallest subnormal number of a type.
+SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 # What may be lost of a weight, over the row's largest: all below float32's smallest normal number,
 # or half the smallest subnormal one of fp16.
-LOST_WEIGHT = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
-# Of the output.
-SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+LOST_WEIGHT = {torch.bfloat16: 2.0**-126, torch.float16: SMALLEST[torch.float16] / 2}
 
 
 @dataclasses.dataclass
