@@ -29,8 +29,10 @@ using tvm::ffi::TensorView;
 // 64 rows fill WGMMA's M: rows go there. Fewer go to N, which is ETAP.
 using Bf16Traits = std::conditional_t<kRowTile == 64, RowsMlaTraits<DType, kKvLoader>,
                                       EtapMlaTraits<DType, kRowTile, kKvLoader>>;
-using Traits = std::conditional_t<kKvCache == KvCache::kSame, Bf16Traits,
-                                  EtapMlaFp8Traits<DType, kRowTile, kKvLoader, kKvCache>>;
+using Fp8Traits = std::conditional_t<kMultipliesCodes<kKvCache, kRowTile>,
+                                     Fp8TileTraits<DType, kRowTile, kKvLoader>,
+                                     EtapMlaFp8Traits<DType, kRowTile, kKvLoader, kKvCache>>;
+using Traits = std::conditional_t<kKvCache == KvCache::kSame, Bf16Traits, Fp8Traits>;
 using CacheElement = Traits::Boxes::Element;
 #ifdef ETAP_EMULATE_H20
 static_assert(kKvCache == KvCache::kSame, "the fp8 kernels do not multiply through multiply()");

@@ -1,8 +1,9 @@
 /*
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
- * The math warpgroups over a cache of fp8. Math warpgroup g = 0, 1, for each pair of token tiles
- * (t, t + 1), of which the last may be a single tile:
+ * The math warpgroups over a cache of fp8, with scales of tokens or more than 16 rows; fewer rows
+ * and one scale are in etap_mla_fp8_tile_math.cuh. Math warpgroup g = 0, 1, for each pair of token
+ * tiles (t, t + 1), of which the last may be a single tile:
  *
  *   S^T = K Q^T of tile t + g; its maxima over tokens -> shared memory
  *   -- barrier --  r = reference near the running maxima; O^T[g] *= 2^(r_old - r)
@@ -21,6 +22,7 @@
 
 #include "etap_mla_flashmla_scores.cuh"
 #include "etap_mla_fp8_operands.cuh"
+#include "etap_mla_fp8_output.cuh"
 #include "etap_mla_fp8_queries.cuh"
 #include "etap_mla_fp8_scores.cuh"
 #include "etap_mla_fp8_thread.cuh"
@@ -360,14 +362,19 @@ class Fp8MathWarpgroup {
           shared_.warp_sum[row_of_tile][4 * thread_.warpgroup + thread_.warp] = sum;
         });
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
-    bool const is_whole = segment().is_whole();
-    int32_t const slot = segment().slot;
-    if (is_whole) {
-      write_output();
+    auto const of_box = [this](int32_t box) -> auto& { return output_[box]; };
+    auto const scale = [this](int32_t box) { return output_scale(box); };
+    auto const sum = [this](int32_t row) { return total_sum(row); };
+    if (segment().is_whole()) {
+      write_fp8_output<Traits>(params_, segment(), thread_, of_box, scale, sum);
     } else {
-      write_partial(slot);
+      write_fp8_partial<Traits>(params_, segment().slot, thread_, of_box, scale);
     }
-    write_statistics(is_whole, slot);
+    int32_t const row = threadIdx.x;
+    if (row < kRowTile) {
+      write_fp8_statistics<Traits>(params_, segment(), row,
+                                   shared_.reference[reference_slot_ ^ 1][row], total_sum(row));
+    }
   }
 
   // Of all warps, in a fixed order.
@@ -377,68 +384,10 @@ class Fp8MathWarpgroup {
     return ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
   }
 
-  // LSE or, of a part, reference and sum; one thread a row.
-  __device__ void write_statistics(bool is_whole, int32_t slot) const {
-    int32_t const row_of_tile = threadIdx.x;
-    if (row_of_tile >= kRowTile) return;
-    float const reference = shared_.reference[reference_slot_ ^ 1][row_of_tile];
-    float const sum = total_sum(row_of_tile);
-    if (!is_whole) {
-      params_.partial_ml[slot * kRowTile + row_of_tile] = make_float2(reference, sum);
-    } else if (params_.lse != nullptr && row_of_tile < segment().num_rows) {
-      params_.lse[segment().packed_row + row_of_tile] = log_sum_exp(params_, reference, sum);
-    }
-  }
-
   // What O^T of a box is multiplied with.
   __device__ float output_scale(int32_t box) {
     if constexpr (kHasTokenScales) return scores_.scales().reference(box);
     return params_.ckv_scale;
-  }
-
-  // O^T / l of two neighbouring columns and two neighbouring rows is what a thread has of a
-  // fragment.
-  __device__ void write_output() {
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      bool const exists = thread_.row(i) < segment().num_rows;
-      float const scale = normalizer(total_sum(thread_.row(i)));
-      DType* const out_row =
-          output_row<DType>(params_, segment().packed_row + (exists ? thread_.row(i) : 0));
-#pragma unroll
-      for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-        int32_t const value = i / 2 * 4 + i % 2;
-        int32_t const column = box * Boxes::kColumns + thread_.warpgroup * 64 + thread_.warp * 16 +
-                               thread_.lane / 4 * 2;
-        float const factor = scale * output_scale(box);
-        uint32_t const pair =
-            pack<DType>(output_[box](value) * factor, output_[box](value + 2) * factor);
-        if (exists) *reinterpret_cast<uint32_t*>(out_row + column) = pair;
-      }
-    }
-  }
-
-  // The merge expects columns lane / 4 and lane / 4 + 8 of a lane; this one has 2 * (lane /
-  // 4) and the next: of its pairs of rows each goes to another lane's place.
-  __device__ void write_partial(int32_t slot) {
-    int32_t const lane = thread_.fresh_lane();
-    int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
-    int32_t const upper_half = lane / 16;
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-#pragma unroll
-      for (int32_t block = 0; block < kRowBlocks; ++block) {
-        int32_t const index = partial_index<kRowTile>(slot, 2 * box + thread_.warpgroup, block,
-                                                      thread_.warp, scattered_lane) +
-                              upper_half * 2;
-#pragma unroll
-        for (int32_t odd = 0; odd < 2; ++odd) {
-          float const* const rows = &output_[box](block * 4 + odd * 2);
-          *reinterpret_cast<float2*>(params_.partial_out + index + odd * 16) =
-              make_float2(rows[0] * output_scale(box), rows[1] * output_scale(box));
-        }
-      }
-    }
   }
 
   Params const& params_;

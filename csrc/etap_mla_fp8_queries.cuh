@@ -27,7 +27,7 @@ __device__ __forceinline__ float fp16_scale(float largest) {
 template <class Traits>
 class QueryConverter {
   using DType = typename Traits::DType;
-  using KpeElement = typename Traits::KpeElement;
+  using KpeElement = cutlass::bfloat16_t;  // if kHasTokenScales
   static constexpr int kQueryBoxes = Traits::kQueryBoxes;
   // The box of pe is not for codes if kpe is of bf16.
   static constexpr int kFirstBox = Traits::kHasTokenScales ? 1 : 0;
@@ -51,7 +51,9 @@ class QueryConverter {
     for (int32_t box = kFirstBox; box < kQueryBoxes; ++box) {
       convert_box(row, box, scale);
     }
-    if constexpr (Traits::kHasTokenScales && Traits::kQueryPeParts == 2) split_pe(row);
+    if constexpr (Traits::kHasTokenScales) {
+      if constexpr (Traits::kQueryPeParts == 2) split_pe(row);
+    }
     if (chunk_ == 0) {
       shared_.score_scale[row] = params_.scale_log2 * params_.ckv_scale * (1.f / scale);
     }

@@ -9,6 +9,10 @@
 
 namespace etap {
 
+// Where O^T = V^T P^T has operands of e4m3: Fp8TileTraits.
+template <KvCache kKvCache, int kRowTile>
+constexpr bool kMultipliesCodes = kKvCache == KvCache::kFp8 && kRowTile <= 16;
+
 // The operands of every WGMMA are fp16, of which e4m3 is a subset: the cache is converted without
 // an error on its way from shared memory to the registers of WGMMA's A operand.
 template <typename DType_, int kRowTile_, KvLoader kKvLoader_, KvCache kKvCache_>
@@ -78,6 +82,7 @@ struct EtapMlaFp8Traits {
            (box + kScaleBytes / Boxes::kPerTile + 1);
   }();
   static_assert(kRingBoxes >= 2 * Boxes::kPerTile, "the ring must hold the pair of tiles in work");
+  static constexpr bool kBarrierPerTile = false;
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
 
@@ -120,6 +125,113 @@ struct EtapMlaFp8Traits {
     alignas(16) int32_t largest_scale[Boxes::kCkv];  // bits of those above their references
   };
   using SharedStorage = std::conditional_t<kHasTokenScales, StorageWithScales, Storage>;
+  static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
+};
+
+// A tile of codes lies in one piece: the box of kpe, which has half the bytes of the others, and
+// those of ckv.
+struct CodeBoxes : CacheBoxes<uint8_t, 128> {
+  static constexpr int kKpeBytes = kTokenTile * kHeadDimKpe;
+  static constexpr int kTileBytes = kKpeBytes + kCkv * kElements;
+
+  __device__ static constexpr int32_t begin(int32_t slot) {
+    int32_t const box = slot % kPerTile;
+    return slot / kPerTile * kTileBytes + (box == 0 ? 0 : kKpeBytes + (box - 1) * kElements);
+  }
+};
+
+// Up to 16 rows over a cache of e4m3 with one scale. S^T has operands of fp16, to which K is
+// converted as above. Those of O^T are of e4m3: V^T is as it lies in the cache, P^T the sum of
+// kParts numbers, each of which takes what the one before left, times 2^kPartShift. Two have 9
+// bits, one more than bf16; next to a result of fp16 there are three.
+template <typename DType_, int kRowTile_, KvLoader kKvLoader_>
+struct Fp8TileTraits {
+  using DType = DType_;  // of queries and output
+  using Operand = cutlass::half_t;
+  static_assert(sizeof(DType) == sizeof(Operand), "queries are converted in place");
+  using Code = cutlass::float_e4m3_t;
+  static constexpr KvLoader kKvLoader = kKvLoader_;
+  static constexpr KvCache kKvCache = KvCache::kFp8;
+  static constexpr bool kHasTokenScales = false;
+  static constexpr int kRowTile = kRowTile_;  // packed rows (query x head) on WGMMA's N
+  static_assert(
+      kRowTile == 8 || kRowTile == 16,
+      "512 x row_tile floats of accumulators must fit a warpgroup's registers, and 32 rows "
+      "take longer than a pair of tiles whose O^T is halved (scripts/TUNING.md)");
+
+  using Boxes = CodeBoxes;
+  static constexpr int kEmptyPlaces = 2;  // as in EtapMlaTraits
+  static constexpr bool kGuessesPages = true;
+  static constexpr bool kPairsRowTiles = false;
+
+  static constexpr int kCtaThreads = kThreads;
+  static constexpr int kQueryWarps = kMathWarps;
+
+  // Registers a thread, after the producer gave some of its share to the math warpgroups.
+  static constexpr int kMathRegisters = 224;
+  static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
+
+  static constexpr int kRowsPerThread = kRowTile / 4;
+
+  static constexpr int kQueryBoxes = (kHeadDimCkv + kHeadDimKpe) / kBoxColumns;
+  // WGMMAs of S^T (16 columns each) whose A operand is converted while the group before them runs.
+  static constexpr int kGroupSteps = 4;
+
+  static constexpr int kParts = std::is_same_v<DType, Operand> ? 3 : 2;
+  static constexpr int kPartShift = 4;
+  // Parts that an instruction multiplies side by side on N, where 32 columns cost little more than
+  // 16.
+  static constexpr int kPartsAtOnce = kParts == 2 ? 2 : 1;
+  static constexpr int kPvSteps = kTokenTile / 32;
+
+  using MmaQk = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Operand, Operand, float, Shape<_64, Int<kRowTile>, _16>, GMMA::Major::K,
+                           GMMA::Major::K>()));
+  using MmaPv = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Code, Code, float, Shape<_64, Int<kPartsAtOnce * kRowTile>, _32>,
+                           GMMA::Major::K, GMMA::Major::K>()));
+  using LayoutQ =
+      decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Operand>{},
+                             Shape<Int<kRowTile>, Int<kBoxColumns>, Int<kQueryBoxes>>{}));
+  // P^T of a warpgroup: [part, row][token], 64 bytes a row.
+  using LayoutP = decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<Code>{},
+                                         Shape<Int<kParts * kRowTile>, Int<kTokenTile>>{}));
+
+  // The ring is one of whole tiles, which come and go by the barriers of their first slot. An even
+  // number, so that a stage is always of the same warpgroup's tiles: one that waited for every
+  // other lap of a barrier could take the lap before for its own.
+  static constexpr int kStages = [] {
+    int const operands =
+        cosize_v<LayoutQ> * int(sizeof(Operand)) + kMathWarpgroups * cosize_v<LayoutP>;
+    int const statistics = (2 * kMathWarps + kMathWarpgroups + 1) * kRowTile * int(sizeof(float));
+    int const fixed = operands + statistics +
+                      int(2 * sizeof(Segment) + sizeof(CtaWork) + sizeof(MergeWork)) +
+                      int(sizeof(ScheduleScratch)) + 5 * Boxes::kPerTile * 16 + 128;
+    return (kSharedMemoryLimit - fixed) / Boxes::kTileBytes / kMathWarpgroups * kMathWarpgroups;
+  }();
+  static_assert(kStages > kMathWarpgroups, "the tiles in work, and others on their way");
+  static constexpr int kRingBoxes = kStages * Boxes::kPerTile;
+  static constexpr int kBoxesPerPair = 0;
+  static constexpr bool kBarrierPerTile = true;
+  __device__ static constexpr bool has_barrier(int32_t box) { return box == 0; }
+  static_assert(kTokenTile * kRowTile * int(sizeof(float)) <= Boxes::kElements,
+                "a box takes 64 columns of O^T when warpgroups exchange them");
+
+  struct SharedStorage {
+    alignas(1024) uint8_t ring[kStages * Boxes::kTileBytes];
+    alignas(1024) Operand query[cosize_v<LayoutQ>];
+    alignas(1024) Code probability[kMathWarpgroups][cosize_v<LayoutP>];
+    alignas(16) float warp_max[kMathWarpgroups][kRowTile][4];  // over a warp's tokens of a tile
+    alignas(16) float warp_sum[kMathWarpgroups][kRowTile][4];  // over all its tokens of a segment
+    float reference[kMathWarpgroups][kRowTile];  // that those sums and O^T are relative to
+    float score_scale[kRowTile];                 // of the products, to units of log2
+    uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
+    uint64_t query_full, query_empty;
+    Segment segments[2];  // [segment number % 2]; one without tiles is the end
+    CtaWork work;
+    MergeWork merge;
+    ScheduleScratch schedule;
+  };
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };
 

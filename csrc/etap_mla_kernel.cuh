@@ -13,13 +13,14 @@
  *
  * The math differs: etap_mla_math.cuh up to 32 rows, etap_mla_rows_math.cuh for 64, which fill M
  * themselves (S = Q K^T, O = P V) and have a fourth warpgroup for S and P, etap_mla_fp8_math.cuh
- * for an fp8 cache.
+ * and etap_mla_fp8_tile_math.cuh for an fp8 cache.
  */
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "etap_mla_fp8_math.cuh"
+#include "etap_mla_fp8_tile_math.cuh"
 #include "etap_mla_loader.cuh"
 #include "etap_mla_math.cuh"
 #include "etap_mla_merge.cuh"
@@ -93,7 +94,9 @@ __global__ void __launch_bounds__(Traits::kCtaThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
-    if constexpr (Traits::kKvCache != KvCache::kSame) {
+    if constexpr (kMultipliesCodes<Traits::kKvCache, Traits::kRowTile>) {
+      Fp8TileMathWarpgroup<Traits>(params, shared).run();
+    } else if constexpr (Traits::kKvCache != KvCache::kSame) {
       Fp8MathWarpgroup<Traits>(params, shared).run();
     } else if constexpr (Traits::kRowTile == 64) {
       ValueWarpgroup<Traits>(params, shared).run();

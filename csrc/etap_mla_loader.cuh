@@ -84,20 +84,22 @@ struct TileByTma {
     return box == 0 ? Boxes::kKpeElements : Boxes::kColumns;
   }
 
+  // All copies of a box, or of the tile if it has but one barrier.
   __device__ void announce(uint64_t* full, int32_t box, int32_t copies) const {
-    int32_t row_bytes = columns(box) * int32_t(sizeof(typename Boxes::Element));
+    constexpr int32_t kTokenColumns = kHeadDimCkv + kHeadDimKpe;
+    int32_t const announced = Traits::kBarrierPerTile ? kTokenColumns : columns(box);
+    int32_t row_bytes = announced * int32_t(sizeof(typename Boxes::Element));
     if (kIsFlashMla && box == 0) row_bytes += kFlashMlaScaleBytes;
     TransactionBarrier::arrive_and_expect_tx(full, copies * rows_per_copy * row_bytes);
   }
 
-  __device__ void copy_group(SharedStorage& shared, int32_t slot, int32_t box, int32_t group,
-                             TokenPlace const& place) const {
+  __device__ void copy_group(SharedStorage& shared, uint64_t* full, int32_t slot, int32_t box,
+                             int32_t group, TokenPlace const& place) const {
     auto copy = [&](CUtensorMap const* map, void* target, int32_t column) {
-      SM90_TMA_LOAD_3D::copy(map, &shared.box_full[slot],
-                             static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
-                             column, place.row, place.page);
+      SM90_TMA_LOAD_3D::copy(map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
+                             target, column, place.row, place.page);
     };
-    auto* const rows = &shared.ring[slot * Boxes::kElements + group * rows_per_copy * columns(box)];
+    auto* const rows = &shared.ring[Boxes::begin(slot) + group * rows_per_copy * columns(box)];
     if constexpr (kIsFlashMla) {
       copy(ckv_map, rows, box == 0 ? kFlashMlaKpeOffset : (box - 1) * Boxes::kColumns);
       if (box == 0) {
@@ -116,13 +118,17 @@ struct TileByTma {
     int32_t const box = threadIdx.x % 32;
     bool const has_box = box < Boxes::kPerTile;
     auto const slot = ring.after(box % Boxes::kPerTile);
-    if (has_box) Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
+    bool const has_barrier = has_box && Traits::has_barrier(box);
+    auto const& barrier = Traits::kBarrierPerTile ? ring : slot;
+    uint64_t* const full = &shared.box_full[barrier.index];
+    if (has_box) Barrier::wait(&shared.box_empty[barrier.index], barrier.parity ^ 1);
     __syncwarp();
-    if (has_box && warp == 0) announce(&shared.box_full[slot.index], box, copies);
+    if (has_barrier && warp == 0) announce(full, box, copies);
+    __syncwarp();
     for (int32_t group = warp; group < copies; group += kTmaWarps) {
       TokenPlace const group_place = {__shfl_sync(0xffffffff, place.page, group),
                                       __shfl_sync(0xffffffff, place.row, group)};
-      if (has_box) copy_group(shared, slot.index, box, group, group_place);
+      if (has_box) copy_group(shared, full, slot.index, box, group, group_place);
     }
   }
 
@@ -150,7 +156,7 @@ struct TileByTma {
         SM90_TMA_LOAD_4D::copy(
             is_kpe ? kpe_map : ckv_map, &shared.box_full[slot],
             static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-            &shared.ring[(slot + j) * Boxes::kElements + group * rows_per_copy * columns(box)], 0,
+            &shared.ring[Boxes::begin(slot + j) + group * rows_per_copy * columns(box)], 0,
             place.row, is_kpe ? 0 : box - 1 + j, place.page);
       }
     }
@@ -259,7 +265,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
         for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
           if (box == 0 && chunk >= Boxes::kKpeChunks) continue;
           cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-              shared.ring + ring.after(box).index * Boxes::kElements +
+              shared.ring + Boxes::begin(ring.after(box).index) +
                   (box == 0 ? kpe_place : ckv_place),
               box == 0 ? token_kpe : token_ckv + (box - 1) * Boxes::kColumns, token_exists);
         }

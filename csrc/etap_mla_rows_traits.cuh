@@ -11,7 +11,7 @@ namespace etap {
 
 // 64 rows fill WGMMA's M without padding. Then the usual orientation (S = Q K^T, O = P V) costs the
 // tensor cores the same as ETAP's, and its softmax costs less: a row lies in four lanes of a warp
-// instead of in all lanes of four warps, and P is an operand in the registers where it was made.
+// instead of in all lanes of four warps.
 template <typename DType_, KvLoader kKvLoader_>
 struct RowsMlaTraits {
   using DType = DType_;
@@ -49,6 +49,7 @@ struct RowsMlaTraits {
   static constexpr int kRingBoxes = kStages * kBoxesPerTile;
 
   // Boxes of ckv come and go in pairs, by the barriers of a pair's first.
+  static constexpr bool kBarrierPerTile = false;
   static constexpr int kBoxesPerPair = 2;
   __host__ __device__ static constexpr bool has_barrier(int32_t box) {
     return box == 0 || (box - 1) % kBoxesPerPair == 0;

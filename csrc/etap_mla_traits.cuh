@@ -79,6 +79,9 @@ struct CacheBoxes {
   static constexpr int kElements = kTokenTile * kColumns;
   static constexpr int kChunk = 16 / int(sizeof(Element));  // elements of a 16-byte chunk
   static constexpr int kKpeChunks = kKpeElements / kChunk;  // of a token, in a row of 8
+
+  // Where the box in a slot of the ring begins.
+  __device__ static constexpr int32_t begin(int32_t slot) { return slot * kElements; }
 };
 
 // One request, as the kernel sees it.
@@ -278,6 +281,7 @@ struct EtapMlaTraits {
   }();
   static_assert(kRingBoxes > 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
 
+  static constexpr bool kBarrierPerTile = false;
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
 

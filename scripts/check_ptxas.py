@@ -3,10 +3,10 @@
 Fails on register spills, on WGMMAs that ptxas serialised, on local memory in the SASS, and on WGMMA
 shapes other than the row tile's own: 64 x row_tile for S^T = K Q^T and 64 x 2 row_tile for O^T =
 V^T P^T, where P's high and low parts lie side by side; of 64 rows, which fill M themselves, 64 x 64
-for S = Q K^T and 64 x 128 for O = P V. With an fp8 cache P has one part, and the operands are fp16,
-to which e4m3 converts exactly. The SASS is read with nvdisasm
-(of the CUDA toolkit, or ``pip install nvidia-cuda-nvdisasm``); without it that part is left out,
-and the output says so.
+for S = Q K^T and 64 x 128 for O = P V. With an fp8 cache S^T has operands of fp16, to which e4m3
+converts exactly, and O^T up to 16 rows operands of e4m3; with more, or FlashMLA's layout, it is like
+S^T. The SASS is read with nvdisasm (of the CUDA toolkit, or ``pip install
+nvidia-cuda-nvdisasm``); without it that part is left out, and the output says so.
 """
 
 import argparse
@@ -57,9 +57,21 @@ class VariantReport:
     problems: list[str] = field(default_factory=list)
 
 
+def multiplies_codes(variant: EtapMlaVariant) -> bool:
+    """Whether O^T = V^T P^T has operands of e4m3."""
+    return variant.kv_cache == "fp8" and variant.row_tile <= 16
+
+
 def expected_wgmma_shapes(variant: EtapMlaVariant) -> set[tuple[int, int, int]]:
-    """WGMMA shapes (M, N, K) of both products; P in two parts unless the cache is of fp8."""
+    """WGMMA shapes (M, N, K) of both products.
+
+    P has two parts side by side, but one with an fp8 cache; as e4m3 it has two, which stand side by
+    side, or three, which don't.
+    """
     row_tile = variant.row_tile
+    if multiplies_codes(variant):
+        are_side_by_side = variant.short_name.startswith("bf16")
+        return {(64, row_tile, 16), (64, row_tile * (2 if are_side_by_side else 1), 32)}
     if variant.kv_cache != "same":
         return {(64, row_tile, 16)}
     if row_tile == 64:  # rows on M
@@ -121,8 +133,10 @@ def sass_problems(sass: str, variant: EtapMlaVariant) -> list[str]:
 
 def _has_expected_types(instruction: str, variant: EtapMlaVariant) -> bool:
     """Whether a WGMMA accumulates in fp32 and its operands are the variant's."""
-    if ".F32" not in instruction or instruction.startswith("QGMMA"):
+    if ".F32" not in instruction:
         return False
+    if instruction.startswith("QGMMA"):
+        return multiplies_codes(variant) and ".E4M3.E4M3" in instruction
     if variant.kv_cache != "same":
         return True
     return ("BF16" in instruction) == variant.short_name.startswith("bf16")

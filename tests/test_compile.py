@@ -152,8 +152,22 @@ def test_expected_shapes():
     variants = [jit.EtapMlaVariant(torch.bfloat16, n, "tma") for n in dispatch.ROW_TILES]
     widths = [sorted(s[1] for s in check_ptxas.expected_wgmma_shapes(v)) for v in variants]
     assert widths == [[8, 16], [16, 32], [32, 64], [64, 128]]
-    for kv_cache in ("fp8", "flashmla_656"):
-        assert check_ptxas.expected_wgmma_shapes(bf16_n16(kv_cache)) == {(64, 16, 16)}
+    assert check_ptxas.expected_wgmma_shapes(bf16_n16("flashmla_656")) == {(64, 16, 16)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "row_tile", "shapes"),
+    [
+        (torch.bfloat16, 8, {(64, 8, 16), (64, 16, 32)}),
+        (torch.bfloat16, 16, {(64, 16, 16), (64, 32, 32)}),
+        (torch.bfloat16, 32, {(64, 32, 16)}),
+        (torch.bfloat16, 64, {(64, 64, 16)}),
+        (torch.float16, 16, {(64, 16, 16), (64, 16, 32)}),  # three parts, one after another
+    ],
+)
+def test_expected_shapes_with_an_fp8_cache(dtype, row_tile, shapes):
+    variant = jit.EtapMlaVariant(dtype, row_tile, "tma", "fp8")
+    assert check_ptxas.expected_wgmma_shapes(variant) == shapes
 
 
 def test_sass_as_expected_is_no_problem():
@@ -161,32 +175,40 @@ def test_sass_as_expected_is_no_problem():
 
 
 _FP16 = _QK.replace(".BF16", "")
-_FP8 = "QGMMA.64x16x32.F32.E4M3.E4M3 R24, R4, gdesc[UR4], R24"
+_FP8 = "QGMMA.64x32x32.F32.E4M3.E4M3 R24, R4, gdesc[UR4], R24"
+_FP8_N16 = _FP8.replace("64x32x32", "64x16x16")  # a shape that is expected, of operands that are not
 
 
 @pytest.mark.parametrize("instructions", [[_QK], [_FP16], [_QK, _FP16]])
-def test_either_type_serves_an_fp8_cache(instructions):
-    assert check_ptxas.sass_problems(sass(*instructions), bf16_n16("fp8")) == []
+def test_either_type_serves_flashmlas_layout(instructions):
+    assert check_ptxas.sass_problems(sass(*instructions), bf16_n16("flashmla_656")) == []
+
+
+def test_codes_are_multiplied_with_an_fp8_cache():
+    assert check_ptxas.sass_problems(sass(_FP16, _FP8), bf16_n16("fp8")) == []
 
 
 @pytest.mark.parametrize(
-    ("instructions", "problem"),
+    ("kv_cache", "instructions", "problem"),
     [
-        ([], "WGMMA shapes none"),
-        ([_QK, _PV], "WGMMA shapes 64x16x16 64x32x16, expected 64x16x16"),
-        ([_FP16.replace("F32", "F16")], "WGMMA of other types"),
-        ([_FP8.replace("x32.F32", "x16.F32")], "WGMMA of other types"),
+        ("flashmla_656", [], "WGMMA shapes none"),
+        ("flashmla_656", [_QK, _PV], "WGMMA shapes 64x16x16 64x32x16, expected 64x16x16"),
+        ("flashmla_656", [_FP16.replace("F32", "F16")], "WGMMA of other types"),
+        ("flashmla_656", [_FP8_N16], "WGMMA of other types"),
+        ("fp8", [_FP16], "WGMMA shapes 64x16x16, expected 64x16x16 64x32x32"),
+        ("fp8", [_FP16, _FP8.replace("F32", "F16", 1)], "WGMMA of other types"),
+        ("fp8", [_FP16, _FP8.replace("E4M3.E4M3", "E5M2.E4M3")], "WGMMA of other types"),
     ],
 )
-def test_sass_problems_with_an_fp8_cache(instructions, problem):
-    (found,) = check_ptxas.sass_problems(sass(*instructions), bf16_n16("fp8"))
+def test_sass_problems_with_an_fp8_cache(kv_cache, instructions, problem):
+    (found,) = check_ptxas.sass_problems(sass(*instructions), bf16_n16(kv_cache))
     assert problem in found
 
 
 @pytest.mark.parametrize(
     ("instructions", "problem"),
     [
-        ([_QK, _PV, _FP8.replace("x32.F32", "x16.F32")], "WGMMA of other types"),
+        ([_QK, _PV, _FP8_N16], "WGMMA of other types"),
         ([_QK], "WGMMA shapes 64x16x16, expected 64x16x16 64x32x16"),
         ([], "WGMMA shapes none"),
         ([_QK, _PV, "HGMMA.64x64x16.F32.BF16 R0, gdesc[UR4], R0"], "64x64x16, expected"),

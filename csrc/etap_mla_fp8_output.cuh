@@ -1,0 +1,78 @@
+/*
+ * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
+ *
+ * From accumulators over a cache of fp8 to memory. A warpgroup has 64 columns of each box; a lane
+ * two neighbouring ones, 16 warp + 2 (lane / 4) and the next, of the rows that Fp8Thread gives it.
+ */
+#pragma once
+
+#include "etap_mla_fp8_thread.cuh"
+#include "etap_mla_output.cuh"
+
+namespace etap {
+
+// O^T / l. `of_box(box)` is an accumulator, to be multiplied with `scale(box)`; `total_sum(row)` is
+// l of a row.
+template <class Traits, typename OfBox, typename Scale, typename TotalSum>
+__device__ __forceinline__ void write_fp8_output(Params const& params, Segment const& segment,
+                                                 Fp8Thread const& thread, OfBox of_box, Scale scale,
+                                                 TotalSum total_sum) {
+  using DType = typename Traits::DType;
+#pragma unroll
+  for (int32_t i = 0; i < Traits::kRowsPerThread; ++i) {
+    bool const exists = thread.row(i) < segment.num_rows;
+    float const row_scale = normalizer(total_sum(thread.row(i)));
+    DType* const out_row =
+        output_row<DType>(params, segment.packed_row + (exists ? thread.row(i) : 0));
+#pragma unroll
+    for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
+      int32_t const value = i / 2 * 4 + i % 2;
+      int32_t const column = box * Traits::Boxes::kColumns + thread.warpgroup * 64 +
+                             thread.warp * 16 + thread.lane / 4 * 2;
+      float const factor = row_scale * scale(box);
+      uint32_t const pair =
+          pack<DType>(of_box(box)(value) * factor, of_box(box)(value + 2) * factor);
+      if (exists) *reinterpret_cast<uint32_t*>(out_row + column) = pair;
+    }
+  }
+}
+
+// O^T of a part. The merge expects columns lane / 4 and lane / 4 + 8 of a lane; this one has 2 *
+// (lane / 4) and the next: of its pairs of rows each goes to another lane's place.
+template <class Traits, typename OfBox, typename Scale>
+__device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t slot,
+                                                  Fp8Thread const& thread, OfBox of_box,
+                                                  Scale scale) {
+  int32_t const lane = thread.fresh_lane();
+  int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
+  int32_t const upper_half = lane / 16;
+#pragma unroll
+  for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
+#pragma unroll
+    for (int32_t block = 0; block < Traits::kRowTile / 8; ++block) {
+      int32_t const index = partial_index<Traits::kRowTile>(slot, 2 * box + thread.warpgroup, block,
+                                                            thread.warp, scattered_lane) +
+                            upper_half * 2;
+#pragma unroll
+      for (int32_t odd = 0; odd < 2; ++odd) {
+        float const* const rows = &of_box(box)(block * 4 + odd * 2);
+        *reinterpret_cast<float2*>(params.partial_out + index + odd * 16) =
+            make_float2(rows[0] * scale(box), rows[1] * scale(box));
+      }
+    }
+  }
+}
+
+// LSE or, of a part, reference and sum.
+template <class Traits>
+__device__ __forceinline__ void write_fp8_statistics(Params const& params, Segment const& segment,
+                                                     int32_t row_of_tile, float reference,
+                                                     float sum) {
+  if (!segment.is_whole()) {
+    params.partial_ml[segment.slot * Traits::kRowTile + row_of_tile] = make_float2(reference, sum);
+  } else if (params.lse != nullptr && row_of_tile < segment.num_rows) {
+    params.lse[segment.packed_row + row_of_tile] = log_sum_exp(params, reference, sum);
+  }
+}
+
+}  // namespace etap

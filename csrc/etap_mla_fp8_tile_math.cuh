@@ -1,0 +1,555 @@
+/*
+ * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
+ *
+ * The math warpgroups over a cache of e4m3 with one scale, up to 16 packed rows (query x head).
+ * Each of the two has every second token tile to itself, with a reference, sums and all of O^T of
+ * its own, so that one multiplies while the other has exponentials to make. (Of a segment of one
+ * tile the first makes P, and both half of O^T.)
+ *
+ *   S^T = K Q^T                 K turns into fp16 on its way to registers, which is exact
+ *   r = max(S^T) - 8            over this tile; R = max(r, R so far), O^T *= 2^(R before - R)
+ *   P^T = 2^(S^T - r) <= 2^8    in e4m3 parts -> shared memory
+ *   O^T += 2^(r - R) V^T P^T    V^T through registers, 64 columns of d_v after 64; tile -> producer
+ *
+ *   end of segment:             each gives the other half of its O^T, and both are of one R then
+ *
+ * WGMMA sums products of e4m3 with 13 bits behind the largest, whatever the accumulator's type. So
+ * it sums over one tile, and float32 takes that (scripts/TUNING.md has what was measured). P is
+ * relative to its own tile, so that none is lost beside a larger one elsewhere.
+ */
+#pragma once
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm90.hpp>
+
+#include "etap_mla_fp8_codes.cuh"
+#include "etap_mla_fp8_output.cuh"
+#include "etap_mla_fp8_queries.cuh"
+#include "etap_mla_fp8_scores.cuh"
+#include "etap_mla_fp8_thread.cuh"
+
+namespace etap {
+
+template <class Traits>
+class Fp8TileMathWarpgroup {
+  using DType = typename Traits::DType;
+  using Code = typename Traits::Code;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Boxes = typename Traits::Boxes;
+  using RingPosition = RingPosition<Traits::kRingBoxes>;
+  static constexpr int kRowTile = Traits::kRowTile;
+  static constexpr int kRowBlocks = kRowTile / 8;
+  static constexpr int kRows = Traits::kRowsPerThread;
+  static constexpr int kParts = Traits::kParts;
+  static constexpr int kHalves = 2;  // of a box: 64 columns each
+
+ public:
+  __device__ Fp8TileMathWarpgroup(Params const& params, SharedStorage& shared)
+      : params_(params), shared_(shared) {}
+
+  __device__ __forceinline__ void run() {
+    while (begin_segment()) {
+      if (has_one_tile()) {
+        run_only_tile();
+      } else {
+#pragma unroll 1
+        for (; tile_ < segment().tile_end; tile_ += kMathWarpgroups) {
+          run_tile();
+          ring_ = ring_.after(kMathWarpgroups * Boxes::kPerTile);
+        }
+        exchange_halves();
+      }
+      write_segment();
+      tiles_before_ += segment().num_tiles();
+      ++segment_number_;
+    }
+  }
+
+ private:
+  __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
+
+  __device__ bool has_one_tile() const { return segment().num_tiles() == 1; }
+
+  // The warpgroups take turns, over all segments. The first tile that this one has of the segment,
+  // if that has more than one: 0 or 1.
+  __device__ int32_t first_tile() const {
+    return has_one_tile() ? 0 : thread_.warpgroup ^ (tiles_before_ & 1);
+  }
+
+  // Box 0 of a tile of the segment.
+  __device__ RingPosition tile_slot(int32_t tile) const {
+    uint32_t const number = tiles_before_ + tile;
+    return {int32_t(number % Traits::kStages) * Boxes::kPerTile, number / Traits::kStages & 1};
+  }
+
+  // Of this warpgroup's tiles of the segment.
+  __device__ bool is_last_tile() const { return tile_ + kMathWarpgroups >= segment().tile_end; }
+
+  __device__ __forceinline__ void run_tile() {
+    wait_for_tile();
+    compute_scores();
+    if (is_last_tile()) arrive_once_per_warp(&shared_.query_empty, 1);
+    float weight[kRows];
+    raise_reference(weight);
+    store_probabilities(weight);
+    if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end();
+    cutlass::arch::fence_view_async_shared();
+    sync_warpgroup();
+    accumulate_output<kHalves>(weight, shared_.probability[thread_.warpgroup]);
+  }
+
+  // A segment's: P by the first warpgroup, half of O^T by each.
+  __device__ __forceinline__ void run_only_tile() {
+    wait_for_tile();
+    float weight[kRows];
+    if (thread_.warpgroup == 0) {
+      compute_scores();
+      raise_reference(weight);
+      store_probabilities(weight);
+    }
+    share_statistics();
+    arrive_once_per_warp(&shared_.query_empty, 1);
+    if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end();
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) weight[i] = 1.f;  // r is R
+    accumulate_output<1>(weight, shared_.probability[0]);
+  }
+
+  __device__ __forceinline__ void wait_for_tile() const {
+    Barrier::wait(&shared_.box_full[ring_.index], ring_.parity);
+  }
+
+  // By each warp of the warpgroups that read it last.
+  template <int kWarpgroups>
+  __device__ void release_tile(RingPosition const& tile) const {
+    arrive_once_per_warp(&shared_.box_empty[tile.index], kMathWarpgroups / kWarpgroups);
+  }
+
+  // The codes of kpe, and of ckv.
+  __device__ uint8_t* kpe_codes() const { return shared_.ring + Boxes::begin(ring_.index); }
+  __device__ uint8_t* ckv_codes(RingPosition const& tile) const {
+    return shared_.ring + Boxes::begin(tile.index) + Boxes::kKpeBytes;
+  }
+
+  __device__ void sync_warpgroup() const {
+    cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kWarpgroupBarrier + thread_.warpgroup);
+  }
+
+  // Waits for the next segment and its queries; false if there is none.
+  __device__ __forceinline__ bool begin_segment() {
+    Barrier::wait(&shared_.query_full, segment_number_ & 1);
+    if (segment().num_tiles() == 0) return false;
+    tile_ = segment().tile_begin + first_tile();
+    ring_ = tile_slot(first_tile());
+    convert_queries_to_fp16<Traits>(params_, shared_);
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) {
+      row_sum_[i] = 0.f;
+      reference_[i] = -INFINITY;
+    }
+#pragma unroll
+    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
+#pragma unroll
+      for (int32_t half = 0; half < kHalves; ++half) clear(output_[box][half]);
+    }
+    return true;
+  }
+
+  // --- S^T --------------------------------------------------------------------------------------
+
+  // Score of this thread's row i and token() + 8 * half.
+  __device__ float& score(int32_t i, int32_t half) { return scores_(i / 2 * 4 + half * 2 + i % 2); }
+
+  // In units of log2, -inf where a row does not see a token. The part of kpe, which comes first,
+  // has a scale of its own.
+  __device__ __forceinline__ void compute_scores() {
+    typename Traits::MmaQk mma;
+    Tensor q = make_tensor(make_smem_ptr(shared_.query), typename Traits::LayoutQ{});
+    Tensor q_operand = mma.get_slice(thread_.thread).partition_fragment_B(q);  // (MMA, 1, 4, box)
+    constexpr int32_t kKpeColumns = kHeadDimKpe / 32, kBoxColumns = Boxes::kColumns / 32;
+    uint8_t const *const kpe = kpe_codes(), *const ckv = ckv_codes(ring_);
+    warpgroup_fence_operand(scores_);
+    warpgroup_fence_operand(kpe_scores_);
+    run_steps<4 * Traits::kQueryBoxes, Traits::kGroupSteps>(
+        [&](int32_t columns) {
+          int32_t const of_ckv = columns - kKpeColumns;
+          return of_ckv < 0 ? load_keys(kpe, true, columns, thread_.warp, thread_.lane)
+                            : load_keys(ckv + of_ckv / kBoxColumns * Boxes::kElements, false,
+                                        of_ckv % kBoxColumns, thread_.warp, thread_.lane);
+        },
+        convert_keys,
+        [&](Fp8Fragment const& keys, int32_t step) {
+          bool const is_kpe = step < 4, is_first = step == 0 || step == 4;
+          mma.accumulate_ = is_first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
+          auto& scores = is_kpe ? kpe_scores_ : scores_;
+          gemm(mma, keys, q_operand(_, 0, step % 4, step / 4), scores(_, 0, 0));
+        },
+        [](int32_t) {}, [](int32_t) {});
+    warpgroup_fence_operand(scores_);
+    warpgroup_fence_operand(kpe_scores_);
+#pragma unroll
+    for (int32_t i = 0; i < size(scores_); ++i) {
+      scores_(i) += params_.kpe_over_ckv_scale * kpe_scores_(i);
+    }
+    scale_and_mask_scores();
+  }
+
+  __device__ static constexpr float part_weight(int32_t part) {
+    return 1.f / float(1 << part * Traits::kPartShift);
+  }
+
+  // a b + c, behind the wait for a product. (A fence of its registers, while other WGMMAs run,
+  // makes ptxas serialise all of them.)
+  __device__ __forceinline__ static float multiply_add(float a, float b, float c) {
+    float result;
+    asm volatile("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+    return result;
+  }
+
+  __device__ __forceinline__ void scale_and_mask_scores() {
+#pragma unroll
+    for (int32_t i = 0; i < kRows; i += 2) {
+      auto const scale = *reinterpret_cast<float2 const*>(&shared_.score_scale[thread_.row(i)]);
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        score(i, half) *= scale.x;
+        score(i + 1, half) *= scale.y;
+      }
+    }
+    if (tile_ < segment().masked_tile_begin) return;
+    int32_t const token = tile_ * kTokenTile + thread_.token();
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) {
+      int32_t const visible =
+          visible_tokens(params_, segment().request, segment().row_begin + thread_.row(i));
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        if (token + 8 * half >= visible) score(i, half) = -INFINITY;
+      }
+    }
+  }
+
+  // --- Softmax, P^T ------------------------------------------------------------------------------
+
+  // The tile's reference, and that of all tiles so far, to which O^T and sums are brought; `weight`
+  // brings the tile there. All threads of the warpgroup do the same.
+  __device__ __forceinline__ void raise_reference(float (&weight)[kRows]) {
+    float tile_max[kRows];
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) tile_max[i] = fmaxf(score(i, 0), score(i, 1));
+    auto& of_warps = shared_.warp_max[thread_.warpgroup];
+    thread_.reduce_over_warp(
+        tile_max, [](float a, float b) { return fmaxf(a, b); },
+        [&](int32_t row, float max) { of_warps[row][thread_.warp] = max; });
+    sync_warpgroup();
+    float factor[kRows];
+    bool is_raised = false;
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) {
+      auto const max = *reinterpret_cast<float4 const*>(of_warps[thread_.row(i)]);
+      tile_reference_[i] = fmaxf(fmaxf(max.x, max.y), fmaxf(max.z, max.w)) - kLargestCodeLog2;
+      float const raised = fmaxf(reference_[i], tile_reference_[i]);
+      factor[i] = rescale_factor(reference_[i], raised);
+      weight[i] = rescale_factor(tile_reference_[i], raised);
+      is_raised |= raised != reference_[i];
+      reference_[i] = raised;
+    }
+    if (__any_sync(0xffffffff, is_raised)) rescale(factor);
+  }
+
+  __device__ __forceinline__ void rescale(float const (&factor)[kRows]) {
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) row_sum_[i] *= factor[i];
+#pragma unroll
+    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
+#pragma unroll
+      for (int32_t half = 0; half < kHalves; ++half) {
+        auto& output = output_[box][half];
+#pragma unroll
+        for (int32_t j = 0; j < size(output); ++j) output(j) *= factor[j / 4 * 2 + j % 2];
+      }
+    }
+  }
+
+  // P^T = 2^(S^T - r), part after part.
+  __device__ __forceinline__ void store_probabilities(float const (&weight)[kRows]) {
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) {
+      score(i, 0) = rescale_factor(score(i, 0), tile_reference_[i]);
+      score(i, 1) = rescale_factor(score(i, 1), tile_reference_[i]);
+      row_sum_[i] += weight[i] * (score(i, 0) + score(i, 1));
+    }
+    // Two rows and two tokens, 8 apart, which are neighbours in the order of P^T and V^T.
+    cutlass::Array<float, 4> values[kRowBlocks];
+#pragma unroll
+    for (int32_t block = 0; block < kRowBlocks; ++block) {
+#pragma unroll
+      for (int32_t i = 0; i < 4; ++i) values[block][i] = score(2 * block + i / 2, i % 2);
+    }
+#pragma unroll
+    for (int32_t part = 0; part < kParts; ++part) {
+      uint32_t codes[kRowBlocks];
+#pragma unroll
+      for (int32_t block = 0; block < kRowBlocks; ++block) {
+        codes[block] = take_codes<Traits::kPartShift>(values[block]);
+      }
+      store_transposed(codes, part);
+    }
+  }
+
+  // Transposed stores of 8 rows x 16 tokens: lane l addresses row l % 8 of block l / 8.
+  __device__ __forceinline__ void store_transposed(uint32_t const (&codes)[kRowBlocks],
+                                                   int32_t part) {
+    int32_t const row = part * kRowTile + thread_.lane % kRowTile;
+    auto& target = *reinterpret_cast<uint128_t*>(shared_.probability[thread_.warpgroup] +
+                                                 swizzled_half_chunk(row, thread_.warp));
+    if constexpr (kRowBlocks == 1) {
+      SM90_U16x2_STSM_T::copy(codes[0], target);
+    } else if constexpr (kRowBlocks == 2) {
+      SM90_U16x4_STSM_T::copy(codes[0], codes[1], target);
+    } else {
+      SM90_U16x8_STSM_T::copy(codes[0], codes[1], codes[2], codes[3], target);
+    }
+  }
+
+  // Beyond the request's end a box holds whatever the page or an earlier tile left there. P is zero
+  // there, but 0 * NaN is not: V must be zero too. (K needs no such care: tokens are rows of S^T.)
+  __device__ __forceinline__ void clear_tokens_past_end() {
+    int32_t const tokens = max(segment().request.kv_len - tile_ * kTokenTile, 0);
+    if (tokens >= kTokenTile) return;
+    auto* const chunks = reinterpret_cast<uint4*>(ckv_codes(ring_));
+#pragma unroll 1
+    for (int32_t i = tokens * 8 + thread_.thread; i < kTokenTile * 8; i += kWarpgroupThreads) {
+#pragma unroll
+      for (int32_t box = 0; box < Boxes::kCkv; ++box) {
+        chunks[box * kTokenTile * 8 + i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  // --- O^T --------------------------------------------------------------------------------------
+
+  // Where this lane reads, in a box and for 32 tokens, the 16 columns of its warp, transposed: of
+  // the half that this warpgroup keeps at the end of a segment, and of the other.
+  __device__ int32_t value_place(int32_t half) const {
+    return 2 * swizzled_chunk(thread_.lane, 4 * (thread_.warpgroup ^ half) + thread_.warp);
+  }
+
+  // A lane gets a pair of columns of two neighbouring tokens.
+  __device__ static Fp8Codes load_values(uint8_t const* values) {
+    Fp8Codes codes;
+    SM75_U16x8_LDSM_T::copy(*reinterpret_cast<uint128_t const*>(values), codes.matrix[0],
+                            codes.matrix[1], codes.matrix[2], codes.matrix[3]);
+    return codes;
+  }
+
+  // O^T += weight V^T P^T. While the products of 64 columns are made, those of the 64 before are
+  // added. The tile is free for the producer as soon as its last values are in registers.
+  template <int kMade>
+  __device__ __forceinline__ void accumulate_output(float const (&weight)[kRows],
+                                                    Code const* probability) {
+    constexpr int32_t kSteps = Traits::kPvSteps;
+    constexpr int32_t kBlocks = Boxes::kCkv * kMade;
+    constexpr int32_t kInstructions = kParts / Traits::kPartsAtOnce;
+    typename Traits::MmaPv mma;
+    Tensor p_layout = make_tensor(make_smem_ptr(probability), typename Traits::LayoutP{});
+    Tensor p = mma.get_slice(thread_.thread).partition_fragment_B(p_layout);
+    uint8_t const* const ckv = ckv_codes(ring_);
+    uint8_t const* const halves[kHalves] = {ckv + value_place(0), ckv + value_place(1)};
+    Fp8Codes codes[kSteps];
+    ValueFragment values[2][kSteps];
+    auto load_block = [&](int32_t block) {
+#pragma unroll
+      for (int32_t step = 0; step < kSteps; ++step) {
+        codes[step] = load_values(halves[block % kMade] + block / kMade * Boxes::kElements +
+                                  step * 32 * Boxes::kColumns);
+      }
+    };
+    load_block(0);
+#pragma unroll
+    for (int32_t block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int32_t step = 0; step < kSteps; ++step) {
+        arrange_values(codes[step], values[block % 2][step]);
+      }
+#pragma unroll
+      for (int32_t instruction = 0; instruction < kInstructions; ++instruction) {
+        int32_t const number = block * kInstructions + instruction;
+        auto& product = product_[number % 2];
+        mma.accumulate_ = GMMA::ScaleOut::Zero;
+        warpgroup_arrive();
+#pragma unroll
+        for (int32_t step = 0; step < kSteps; ++step) {
+          gemm(mma, values[block % 2][step], p(_, instruction, step), product(_, 0, 0));
+          mma.accumulate_ = GMMA::ScaleOut::One;
+        }
+        warpgroup_commit_batch();
+        if (instruction == 0 && block + 1 < kBlocks) load_block(block + 1);
+        if (number > 0) {
+          warpgroup_wait<1>();
+          add_product<kInstructions, kMade>(number - 1, weight);
+        }
+      }
+    }
+    if constexpr (kMade == 1) {
+      release_tile<2>(ring_);
+    } else {
+      if (!is_last_tile()) release_tile<1>(ring_);
+    }
+    warpgroup_wait<0>();
+    add_product<kInstructions, kMade>(kBlocks * kInstructions - 1, weight);
+  }
+
+  // Adds the parts that an instruction multiplied.
+  template <int kInstructions, int kMade>
+  __device__ __forceinline__ void add_product(int32_t number, float const (&weight)[kRows]) {
+    constexpr int32_t kPartsAtOnce = Traits::kPartsAtOnce;
+    auto const& product = product_[number % 2];
+    int32_t const block = number / kInstructions, instruction = number % kInstructions;
+    auto& output = output_[block / kMade][block % kMade];
+#pragma unroll
+    for (int32_t j = 0; j < size(output); ++j) {
+      float sum = product(j);
+#pragma unroll
+      for (int32_t i = 1; i < kPartsAtOnce; ++i) {
+        sum = multiply_add(product(i * size(output) + j), part_weight(i), sum);
+      }
+      float const row_weight = weight[j / 4 * 2 + j % 2] * part_weight(instruction * kPartsAtOnce);
+      output(j) = multiply_add(sum, row_weight, output(j));
+    }
+  }
+
+  // --- End of a segment -------------------------------------------------------------------------
+
+  // Both warpgroups have tiles.
+  __device__ __forceinline__ void exchange_halves() {
+    int32_t const last = segment().num_tiles() - 1;
+    bool const has_last = ((last ^ first_tile()) & 1) == 0;
+    share_statistics();
+    sync_warpgroup();  // nobody reads the tile any more
+    give_half(tile_slot(has_last ? last : last - 1));
+    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+    float other_factor[kRows];
+    bring_to_one_reference(other_factor);
+    take_half(tile_slot(has_last ? last - 1 : last), other_factor);
+  }
+
+  __device__ __forceinline__ void write_segment() {
+    auto const of_box = [this](int32_t box) -> auto& { return output_[box][0]; };
+    auto const scale = [this](int32_t) { return params_.ckv_scale; };
+    auto const total_sum = [this](int32_t row) { return total(row).y; };
+    if (segment().is_whole()) {
+      write_fp8_output<Traits>(params_, segment(), thread_, of_box, scale, total_sum);
+    } else {
+      write_fp8_partial<Traits>(params_, segment().slot, thread_, of_box, scale);
+    }
+    int32_t const row = threadIdx.x;
+    if (row < kRowTile) {
+      write_fp8_statistics<Traits>(params_, segment(), row, total(row).x, total(row).y);
+    }
+  }
+
+  // Reference and sums for both warpgroups.
+  __device__ __forceinline__ void share_statistics() {
+    thread_.reduce_over_warp(
+        row_sum_, [](float a, float b) { return a + b; },
+        [&](int32_t row, float sum) {
+          shared_.warp_sum[thread_.warpgroup][row][thread_.warp] = sum;
+        });
+    if (thread_.thread >= 4) return;
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) {
+      shared_.reference[thread_.warpgroup][thread_.row(i)] = reference_[i];
+    }
+  }
+
+  // A float4 of each thread for every 8 rows of the 64 columns that the other warpgroup keeps of a
+  // box, in place of the codes of a tile that was read.
+  __device__ float4* exchange(RingPosition const& tile, int32_t box) const {
+    return reinterpret_cast<float4*>(ckv_codes(tile) + box * Boxes::kElements) + thread_.thread;
+  }
+
+  __device__ __forceinline__ void give_half(RingPosition const& tile) {
+#pragma unroll
+    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
+      float4* const target = exchange(tile, box);
+#pragma unroll
+      for (int32_t block = 0; block < kRowBlocks; ++block) {
+        auto const& given = output_[box][1];
+        target[block * kWarpgroupThreads] = make_float4(given(block * 4), given(block * 4 + 1),
+                                                        given(block * 4 + 2), given(block * 4 + 3));
+      }
+    }
+    cutlass::arch::fence_view_async_shared();  // the producer writes there next
+  }
+
+  __device__ __forceinline__ void take_half(RingPosition const& tile,
+                                            float const (&factor)[kRows]) {
+#pragma unroll
+    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
+      float4 const* const source = exchange(tile, box);
+      auto& output = output_[box][0];
+#pragma unroll
+      for (int32_t block = 0; block < kRowBlocks; ++block) {
+        float4 const taken = source[block * kWarpgroupThreads];
+        output(block * 4) += taken.x * factor[2 * block];
+        output(block * 4 + 1) += taken.y * factor[2 * block + 1];
+        output(block * 4 + 2) += taken.z * factor[2 * block];
+        output(block * 4 + 3) += taken.w * factor[2 * block + 1];
+      }
+    }
+    cutlass::arch::fence_view_async_shared();
+    release_tile<1>(tile);
+  }
+
+  // The half of O^T that stays here, and what the other warpgroup's has to be multiplied with.
+  __device__ __forceinline__ void bring_to_one_reference(float (&other_factor)[kRows]) {
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) {
+      float const other = shared_.reference[thread_.warpgroup ^ 1][thread_.row(i)];
+      float const reference = fmaxf(reference_[i], other);
+      float const factor = rescale_factor(reference_[i], reference);
+      other_factor[i] = rescale_factor(other, reference);
+#pragma unroll
+      for (int32_t box = 0; box < Boxes::kCkv; ++box) {
+        output_[box][0](i / 2 * 4 + i % 2) *= factor;
+        output_[box][0](i / 2 * 4 + i % 2 + 2) *= factor;
+      }
+    }
+  }
+
+  // Reference and sum of a row over both warpgroups, in a fixed order.
+  __device__ float2 total(int32_t row) const {
+    float const reference = fmaxf(shared_.reference[0][row], shared_.reference[1][row]);
+    float sum = 0.f;
+#pragma unroll
+    for (int32_t warpgroup = 0; warpgroup < kMathWarpgroups; ++warpgroup) {
+      auto const sums = *reinterpret_cast<float4 const*>(shared_.warp_sum[warpgroup][row]);
+      sum += ((sums.x + sums.y) + (sums.z + sums.w)) *
+             rescale_factor(shared_.reference[warpgroup][row], reference);
+    }
+    return {reference, sum};
+  }
+
+  Params const& params_;
+  SharedStorage& shared_;
+  Fp8Thread const thread_;
+
+  RingPosition ring_;            // box 0 of the tile
+  int32_t tile_;                 // of the request
+  uint32_t tiles_before_ = 0;    // this CTA's, in the segments before
+  uint32_t segment_number_ = 0;  // of this CTA
+
+  using Accumulator =
+      decltype(partition_fragment_C(typename Traits::MmaQk{}, Shape<_64, Int<kRowTile>>{}));
+  Accumulator scores_, kpe_scores_, output_[Boxes::kCkv][kHalves];
+  decltype(partition_fragment_C(typename Traits::MmaPv{},
+                                Shape<_64, Int<Traits::kPartsAtOnce * kRowTile>>{})) product_[2];
+  float tile_reference_[kRows];  // of the tile in work
+  float reference_[kRows];
+  float row_sum_[kRows];  // over this thread's tokens only, until the segment ends
+};
+
+}  // namespace etap
