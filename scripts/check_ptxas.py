@@ -4,8 +4,8 @@ Fails on register spills, on WGMMAs that ptxas serialised, on local memory in th
 shapes other than the row tile's own: 64 x row_tile for S^T = K Q^T and 64 x 2 row_tile for O^T =
 V^T P^T, where P's high and low parts lie side by side; of 64 rows, which fill M themselves, 64 x 64
 for S = Q K^T and 64 x 128 for O = P V. With an fp8 cache S^T has operands of fp16, to which e4m3
-converts exactly, and O^T up to 16 rows operands of e4m3; with more, or FlashMLA's layout, it is like
-S^T. The SASS is read with nvdisasm (of the CUDA toolkit, or ``pip install
+converts exactly, and O^T up to 16 rows operands of e4m3; with more, or FlashMLA's layout, it is
+like S^T. The SASS is read with nvdisasm (of the CUDA toolkit, or ``pip install
 nvidia-cuda-nvdisasm``); without it that part is left out, and the output says so.
 """
 

@@ -176,7 +176,7 @@ def test_sass_as_expected_is_no_problem():
 
 _FP16 = _QK.replace(".BF16", "")
 _FP8 = "QGMMA.64x32x32.F32.E4M3.E4M3 R24, R4, gdesc[UR4], R24"
-_FP8_N16 = _FP8.replace("64x32x32", "64x16x16")  # a shape that is expected, of operands that are not
+_FP8_N16 = _FP8.replace("64x32x32", "64x16x16")  # an expected shape of unexpected operands
 
 
 @pytest.mark.parametrize("instructions", [[_QK], [_FP16], [_QK, _FP16]])

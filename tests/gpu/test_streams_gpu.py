@@ -243,7 +243,9 @@ print("right after it")
 def test_wrapper_is_usable_after_an_invalidated_capture(seed):
     """In a process of its own: PyTorch may not capture again after CUDA ended a capture."""
     here = pathlib.Path(__file__).resolve()
-    paths = [str(here.parent), str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
+    root = here.parents[2]
+    own = [here.parent, root, root / "scripts"]  # as pyproject.toml has it for this process
+    paths = [*map(str, own), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-c", _INVALIDATED.format(seed=seed)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
