@@ -68,7 +68,7 @@ def test_kernels_multiply_through_the_one_wrapper():
     # A gemm() beside it would be left out of the emulation, which would then flatter the kernel.
     pattern = re.compile(r"\bgemm\s*\(")
     users = {path.name for path in CSRC.rglob("*.cuh") if pattern.search(path.read_text())}
-    fp8 = {"fp8_math", "fp8_scores", "flashmla_scores"}
+    fp8 = {"fp8_math", "fp8_tile_math", "fp8_scores", "flashmla_scores"}
     assert users == {f"etap_mla_{name}.cuh" for name in {"wgmma", *fp8}}
     binding = (CSRC / "etap_mla_binding.cu").read_text()
     assert "static_assert(kKvCache == KvCache::kSame" in binding  # fp8 can not be emulated
