@@ -197,6 +197,44 @@ def test_what_queries_lose_is_what_the_bound_says() -> None:
     assert 0.9 * compare.QUERY_ROUNDOFF < lost <= compare.QUERY_ROUNDOFF
 
 
+@pytest.mark.parametrize(
+    ("ckv_scale", "weight", "may_be_lost"),
+    [
+        (1.0, 2.0**-110, False),
+        (2.0**10, 2.0**-110, False),
+        (2.0**10, 2.0**-127, True),  # the sum is below float32's normal numbers
+        (2.0**-8, 2.0**-120, True),  # that times the scale is
+        (2.0**-8, 2.0**-100, False),
+    ],
+)
+def test_what_float32_loses_may_be_missing(
+    ckv_scale: float, weight: float, may_be_lost: bool
+) -> None:
+    """The heaviest token has a value of 0, so that of another, in the next tile, is the result."""
+    column = 7
+    case = plain_case(
+        heads=1,
+        q_lens=(1,),
+        kv_lens=(65,),
+        fp8=cases.Fp8(ckv_scale=ckv_scale, kpe_scale=ckv_scale),
+    )
+    given, kernel = tensors.build(case, CPU), codes.Codes.of_case(case)
+    (group,) = given.groups
+    slots = group.slots[0, :65].tolist()
+    heavy, light = slots[0], slots[-1]
+    given.queries.zero_()
+    given.queries[0, 0, 0] = -math.log(weight) / (case.sm_scale * ckv_scale)
+    given.pool[slots] = 0
+    given.pool[heavy, 0] = ckv_scale
+    given.pool[light, column] = ckv_scale
+    answer = compare.exact(given.queries, given.pool, group, False, case.sm_scale, 0, codes=kernel)
+    given.out[:] = answer.out[0].to(given.out.dtype)
+    given.lse[:] = answer.lse[0] * (1 if case.lse_base_e else 1 / math.log(2))
+    assert not judge(given, kernel).is_mismatch()
+    given.out[..., column] = 0
+    assert judge(given, kernel).is_mismatch() != may_be_lost
+
+
 def test_row_tiles_follow_the_call() -> None:
     def row_tiles(**changes: object) -> frozenset[int]:
         return codes.Codes.of_case(plain_case(**changes)).row_tiles

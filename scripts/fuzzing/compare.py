@@ -89,6 +89,9 @@ SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 # What may be lost of a weight, over the row's largest: all below float32's smallest normal number,
 # or half the smallest subnormal one of fp16.
 LOST_WEIGHT = {torch.bfloat16: 2.0**-126, torch.float16: SMALLEST[torch.float16] / 2}
+# And of a sum of weights times codes, where each tile's is multiplied with a factor of its own; and
+# of that sum times the scale of the codes.
+LOST_SUM = 2.0**-126
 
 
 @dataclasses.dataclass
@@ -195,6 +198,8 @@ def exact(
     change += weights.clamp(max=lost_weight) / divisor
     v = k[..., :HEAD_DIM_CKV].abs()
     arithmetic_bound = change @ v
+    if codes is not None:
+        arithmetic_bound += LOST_SUM * (steps * codes.ckv_scale + 1)
     out = p @ k[..., :HEAD_DIM_CKV]
     cut_square = torch.zeros_like(out[..., 0])
     if codes is not None:
