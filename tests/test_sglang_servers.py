@@ -1,0 +1,32 @@
+"""Ports of the servers that the SGLang scripts start."""
+
+import itertools
+import socket
+
+import pytest
+from sglang_eval import servers
+
+
+@pytest.fixture
+def candidates(monkeypatch):
+    """Fresh ones, from a place where nobody listens as a rule."""
+    monkeypatch.setattr(servers, "_candidates", itertools.count(servers.PORTS_BEGIN - 1_000))
+
+
+def test_ports_differ_and_a_taken_one_is_left_out(candidates):
+    first = servers.free_port()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", first + 1))
+        other.listen()
+        assert servers.free_port() > first + 1
+
+
+def test_all_ports_are_below_those_that_the_system_hands_out(candidates):
+    last = servers.PORTS_BEGIN + servers.SCRIPTS * servers.PORTS_OF_SCRIPT
+    assert last <= 32_768  # Linux's default
+
+
+def test_says_so_if_no_port_is_free(monkeypatch):
+    monkeypatch.setattr(servers, "_candidates", iter(()))
+    with pytest.raises(servers.ServerError, match="no port is free"):
+        servers.free_port()
