@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import validate_gpu
 from decode_bench import evidence
-from fuzzing import cases, codes, compare, tensors
+from fuzzing import cases, compare, tensors
 
 WORKSPACE_BYTES = 512 << 20  # batch-invariant calls with parts of a page want that much
 CASES_AT_ONCE = 64  # results read with one copy to the host
@@ -91,23 +91,7 @@ class Fuzzer:
     def _run(self, case: cases.Case) -> compare.Worst:
         given = tensors.build(case, self.device)
         tensors.run(self.wrapper, given)
-        return self._compare(given, given.groups)
-
-    def _compare(self, given: tensors.Tensors, groups: list[tensors.Group]) -> compare.Worst:
-        case = given.case
-        return compare.compare(
-            given.queries,
-            given.pool,
-            groups,
-            case.causal,
-            case.sm_scale,
-            given.out,
-            given.lse,
-            case.lse_base_e,
-            compare.two_part_tokens(case.heads, max(case.q_lens)),
-            is_flashmla=case.kv_dtype == "flashmla_656",
-            codes=codes.Codes.of_case(case),
-        )
+        return compare.compare_case(given)
 
     def judge(self) -> None:
         """Read the results that are still on the device."""
@@ -140,11 +124,11 @@ class Fuzzer:
         tensors.run(self.wrapper, given)
         requests = [request for request, count in enumerate(case.q_lens) if count > 0]
         for request, group in zip(requests, given.groups, strict=True):
-            found = compare.Worst.read(self._compare(given, [group]).stacked().tolist())
+            found = compare.Worst.read(compare.compare_case(given, [group]).stacked().tolist())
             mark = "MISMATCH" if found.is_mismatch() else "right"
             shape = f"q {case.q_lens[request]}, length {case.kv_lens[request]}"
             print(f"request {request} ({shape}): {mark}, {describe(found)}")
-        whole = compare.Worst.read(self._compare(given, given.groups).stacked().tolist())
+        whole = compare.Worst.read(compare.compare_case(given).stacked().tolist())
         print(f"whole: {'MISMATCH' if whole.is_mismatch() else 'right'}, {describe(whole)}")
         return not whole.is_mismatch()
 

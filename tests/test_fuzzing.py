@@ -11,7 +11,7 @@ import fuzz_gpu
 import pytest
 import torch
 from decode_bench import evidence
-from fuzzing import cases, codes, compare, tensors
+from fuzzing import cases, compare, tensors
 
 from etap_flashinfer import BatchMLAPagedAttentionWrapper
 
@@ -28,20 +28,7 @@ def make_wrapper() -> BatchMLAPagedAttentionWrapper:
 
 
 def judge(given: tensors.Tensors, two_parts_up_to: int = ALL_IN_TWO_PARTS) -> compare.Worst:
-    case = given.case
-    found = compare.compare(
-        given.queries,
-        given.pool,
-        given.groups,
-        case.causal,
-        case.sm_scale,
-        given.out,
-        given.lse,
-        case.lse_base_e,
-        two_parts_up_to,
-        case.kv_dtype == "flashmla_656",
-        codes.Codes.of_case(case),
-    )
+    found = compare.compare_case(given, two_parts_up_to=two_parts_up_to)
     return compare.Worst.read(found.stacked().tolist())
 
 

@@ -16,20 +16,8 @@ LIMITS = cases.Limits(heads=16, batch=2, longest=150, tokens=200, scores=1500)
 DENSE = cases.Layout(True, False, False, 0, 0, 0)
 
 
-def judge(given: tensors.Tensors, kernel: codes.Codes) -> compare.Worst:
-    case = given.case
-    found = compare.compare(
-        given.queries,
-        given.pool,
-        given.groups,
-        case.causal,
-        case.sm_scale,
-        given.out,
-        given.lse,
-        case.lse_base_e,
-        codes=kernel,
-    )
-    return compare.Worst.read(found.stacked().tolist())
+def judge(given: tensors.Tensors) -> compare.Worst:
+    return compare.Worst.read(compare.compare_case(given).stacked().tolist())
 
 
 def plain_case(**changes: object) -> cases.Case:
@@ -65,7 +53,7 @@ def test_right_arithmetic_keeps_to_the_tolerance(first: int) -> None:
         for row_tile in kernel.row_tiles if kernel else ():
             given = tensors.build(case, CPU)
             run(given, row_tile)
-            found = judge(given, kernel)
+            found = judge(given)
             assert not found.is_mismatch(), (number, row_tile, found, case.describe())
             assert found.uncertainty < 0.9, "the bounds would mean nothing"
             tried += 1
@@ -90,7 +78,7 @@ def test_right_arithmetic_is_close_to_rounding(
     case = plain_case(dtype=dtype, heads=heads, kv_lens=(tokens, 0))
     kernel, given = codes.Codes.of_case(case), tensors.build(case, CPU)
     run(given, *kernel.row_tiles)
-    found = judge(given, kernel)
+    found = judge(given)
     assert not found.is_mismatch()
     assert found.rmse_over_rounding < most
     assert found.rmse > least, "the criterion leaves much room"
@@ -104,16 +92,16 @@ def test_right_arithmetic_is_close_to_rounding(
 )
 def test_slightly_wrong_arithmetic_is_caught(dtype: str, wrong: dict) -> None:
     case = plain_case(dtype=dtype)
-    kernel, given = codes.Codes.of_case(case), tensors.build(case, CPU)
+    given = tensors.build(case, CPU)
     run(given, 8, **wrong)
-    assert judge(given, kernel).is_mismatch()
+    assert judge(given).is_mismatch()
 
 
 def test_a_part_less_is_caught_beside_a_result_of_fp16() -> None:
     case = plain_case(dtype="fp16")
-    kernel, given = codes.Codes.of_case(case), tensors.build(case, CPU)
+    given = tensors.build(case, CPU)
     run(given, 8, parts=2)
-    found = judge(given, kernel)
+    found = judge(given)
     assert found.rmse > 1
 
 
@@ -127,16 +115,15 @@ def test_a_token_less_is_caught(dtype: str, heads: int) -> None:
     run(given, *kernel.row_tiles)
     for group in given.groups:
         group.kv_lens += 1
-    assert judge(given, kernel).is_mismatch()
+    assert judge(given).is_mismatch()
 
 
 def test_elements_beyond_what_may_be_cut_off_are_caught() -> None:
     given = tensors.build(plain_case(), CPU)
-    kernel = codes.Codes.of_case(given.case)
     run(given, 8)
     typical = given.out.float().square().mean().sqrt().item()
     given.out[1, 5, 17] += 0.1 * typical
-    assert judge(given, kernel).element > 1
+    assert judge(given).element > 1
 
 
 def test_a_single_token_has_no_more_than_rounding() -> None:
@@ -144,7 +131,7 @@ def test_a_single_token_has_no_more_than_rounding() -> None:
     given = tensors.build(plain_case(kv_lens=(1, 1)), CPU)
     kernel = codes.Codes.of_case(given.case)
     run(given, 8)
-    assert not judge(given, kernel).is_mismatch()
+    assert not judge(given).is_mismatch()
     answer = compare.exact(
         given.queries, given.pool, given.groups[0], False, given.case.sm_scale, 0, codes=kernel
     )
@@ -230,9 +217,9 @@ def test_what_float32_loses_may_be_missing(
     answer = compare.exact(given.queries, given.pool, group, False, case.sm_scale, 0, codes=kernel)
     given.out[:] = answer.out[0].to(given.out.dtype)
     given.lse[:] = answer.lse[0] * (1 if case.lse_base_e else 1 / math.log(2))
-    assert not judge(given, kernel).is_mismatch()
+    assert not judge(given).is_mismatch()
     given.out[..., column] = 0
-    assert judge(given, kernel).is_mismatch() != may_be_lost
+    assert judge(given).is_mismatch() != may_be_lost
 
 
 def test_row_tiles_follow_the_call() -> None:

@@ -46,7 +46,7 @@ import math
 import torch
 
 from .codes import Codes
-from .tensors import HEAD_DIM_CKV, Group
+from .tensors import HEAD_DIM_CKV, Group, Tensors
 
 # RMSE over that of rounding O alone, and the tokens on which the weight of a row must rest to be
 # held to it: for weights in two parts, and in one. One part is a second rounding of the size of the
@@ -324,6 +324,38 @@ def compare(
     worst.rmse = (shares / rows.clamp(min=1)).sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
     worst.rmse_over_rounding = torch.where(roundings > 0, squares / roundings, 0.0).sqrt()
     return worst
+
+
+def compare_case(
+    given: Tensors, groups: list[Group] | None = None, two_parts_up_to: int | None = None
+) -> Worst:
+    """Compare a case's result with float64, as :func:`compare` does.
+
+    Parameters
+    ----------
+    given : Tensors
+        After :func:`tensors.run`.
+    groups : list of Group, optional
+        Of its requests; all by default.
+    two_parts_up_to : int, optional
+        What :func:`two_part_tokens` says by default.
+    """
+    case = given.case
+    if two_parts_up_to is None:
+        two_parts_up_to = two_part_tokens(case.heads, max(case.q_lens))
+    return compare(
+        given.queries,
+        given.pool,
+        given.groups if groups is None else groups,
+        case.causal,
+        case.sm_scale,
+        given.out,
+        given.lse,
+        case.lse_base_e,
+        two_parts_up_to,
+        is_flashmla=case.kv_dtype == "flashmla_656",
+        codes=Codes.of_case(case),
+    )
 
 
 def _largest(ratio: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
