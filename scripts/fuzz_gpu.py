@@ -99,7 +99,7 @@ class Fuzzer:
             return
         rows = torch.stack([result for _, result in self._pending]).tolist()
         for (case, _), row in zip(self._pending, rows, strict=True):
-            found = compare.Worst.read(row)
+            found = compare.Worst(*row)
             for field in dataclasses.fields(found):
                 largest = max(getattr(self.worst, field.name), getattr(found, field.name))
                 setattr(self.worst, field.name, largest)
@@ -124,11 +124,11 @@ class Fuzzer:
         tensors.run(self.wrapper, given)
         requests = [request for request, count in enumerate(case.q_lens) if count > 0]
         for request, group in zip(requests, given.groups, strict=True):
-            found = compare.Worst.read(compare.compare_case(given, [group]).stacked().tolist())
+            found = compare.compare_case(given, [group]).on_host()
             mark = "MISMATCH" if found.is_mismatch() else "right"
             shape = f"q {case.q_lens[request]}, length {case.kv_lens[request]}"
             print(f"request {request} ({shape}): {mark}, {describe(found)}")
-        whole = compare.Worst.read(compare.compare_case(given).stacked().tolist())
+        whole = compare.compare_case(given).on_host()
         print(f"whole: {'MISMATCH' if whole.is_mismatch() else 'right'}, {describe(whole)}")
         return not whole.is_mismatch()
 

@@ -17,7 +17,7 @@ DENSE = cases.Layout(True, False, False, 0, 0, 0)
 
 
 def judge(given: tensors.Tensors) -> compare.Worst:
-    return compare.Worst.read(compare.compare_case(given).stacked().tolist())
+    return compare.compare_case(given).on_host()
 
 
 def plain_case(**changes: object) -> cases.Case:

@@ -122,9 +122,9 @@ class Worst:
         """All five as one tensor on the device, to read many cases with one copy."""
         return torch.stack([getattr(self, field.name) for field in dataclasses.fields(self)])
 
-    @staticmethod
-    def read(values: list[float]) -> Worst:
-        return Worst(*values)
+    def on_host(self) -> Worst:
+        """The same as numbers; waits for the device."""
+        return Worst(*self.stacked().tolist())
 
     def is_mismatch(self) -> bool:
         return not max(self.element, self.rmse, self.lse) <= 1.0
@@ -194,15 +194,14 @@ def exact(
     steps = visible.clamp(min=0) / tokens_per_step + FIXED_SUM_STEPS
     change += p * steps * SUM_ROUNDOFF
     dtype = queries.dtype
-    lost_weight = LOST_WEIGHT[torch.bfloat16 if codes else dtype]
+    lost_weight = LOST_WEIGHT[dtype if codes is None else torch.bfloat16]
     change += weights.clamp(max=lost_weight) / divisor
     v = k[..., :HEAD_DIM_CKV].abs()
     arithmetic_bound = change @ v
-    if codes is not None:
-        arithmetic_bound += LOST_SUM * (steps * codes.ckv_scale + 1)
     out = p @ k[..., :HEAD_DIM_CKV]
     cut_square = torch.zeros_like(out[..., 0])
     if codes is not None:
+        arithmetic_bound += LOST_SUM * (steps * codes.ckv_scale + 1)
         most = p + change
         storing_bound = codes.storing_error(most, dtype) @ v
         if codes.may_multiply_codes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import pathlib
@@ -32,12 +31,13 @@ def log(text: str) -> None:
 PORTS_BEGIN = 12_000
 PORTS_OF_SCRIPT = 2_000
 SCRIPTS = 10
-_candidates = itertools.count(PORTS_BEGIN + os.getpid() % SCRIPTS * PORTS_OF_SCRIPT)
+_first = PORTS_BEGIN + os.getpid() % SCRIPTS * PORTS_OF_SCRIPT
+_candidates = iter(range(_first, _first + PORTS_OF_SCRIPT))
 
 
 def free_port() -> int:
     """A port that nobody listens at, each time another one."""
-    for port in itertools.islice(_candidates, PORTS_OF_SCRIPT):
+    for port in _candidates:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
