@@ -437,18 +437,10 @@ class Fp8TileMathWarpgroup {
   }
 
   __device__ __forceinline__ void write_segment() {
-    auto const of_box = [this](int32_t box) -> auto& { return output_[box][0]; };
-    auto const scale = [this](int32_t) { return params_.ckv_scale; };
-    auto const total_sum = [this](int32_t row) { return total(row).y; };
-    if (segment().is_whole()) {
-      write_fp8_output<Traits>(params_, segment(), thread_, of_box, scale, total_sum);
-    } else {
-      write_fp8_partial<Traits>(params_, segment().slot, thread_, of_box, scale);
-    }
-    int32_t const row = threadIdx.x;
-    if (row < kRowTile) {
-      write_fp8_statistics<Traits>(params_, segment(), row, total(row).x, total(row).y);
-    }
+    write_fp8_segment<Traits>(
+        params_, segment(), thread_, [this](int32_t box) -> auto& { return output_[box][0]; },
+        [this](int32_t) { return params_.ckv_scale; }, [this](int32_t row) { return total(row).x; },
+        [this](int32_t row) { return total(row).y; });
   }
 
   // Reference and sums for both warpgroups.
