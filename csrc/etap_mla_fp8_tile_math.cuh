@@ -2,9 +2,10 @@
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
  * The math warpgroups over a cache of e4m3 with one scale, up to 16 packed rows (query x head).
- * Each of the two has every second token tile to itself, with a reference, sums and all of O^T of
- * its own, so that one multiplies while the other has exponentials to make. (Of a segment of one
- * tile the first makes P, and both half of O^T.)
+ * Each of the two has every second token tile of a segment to itself, with a reference, sums and
+ * all of O^T of its own, so that one multiplies while the other has exponentials to make. The first
+ * tile is the first one's, whatever the CTA had before, so sums have an order that depends on the
+ * segment alone. (Of a segment of one tile the first makes P, and both half of O^T.)
  *
  *   S^T = K Q^T                 K turns into fp16 on its way to registers, which is exact
  *   r = max(S^T) - 8            over this tile; R = max(r, R so far), O^T *= 2^(R before - R)
@@ -70,11 +71,8 @@ class Fp8TileMathWarpgroup {
 
   __device__ bool has_one_tile() const { return segment().num_tiles() == 1; }
 
-  // The warpgroups take turns, over all segments. The first tile that this one has of the segment,
-  // if that has more than one: 0 or 1.
-  __device__ int32_t first_tile() const {
-    return has_one_tile() ? 0 : thread_.warpgroup ^ (tiles_before_ & 1);
-  }
+  // Of the segment, the first tile that this warpgroup works on.
+  __device__ int32_t first_tile() const { return has_one_tile() ? 0 : thread_.warpgroup; }
 
   // Box 0 of a tile of the segment.
   __device__ RingPosition tile_slot(int32_t tile) const {
@@ -426,7 +424,7 @@ class Fp8TileMathWarpgroup {
   // Both warpgroups have tiles.
   __device__ __forceinline__ void exchange_halves() {
     int32_t const last = segment().num_tiles() - 1;
-    bool const has_last = ((last ^ first_tile()) & 1) == 0;
+    bool const has_last = last % kMathWarpgroups == thread_.warpgroup;
     share_statistics();
     sync_warpgroup();  // nobody reads the tile any more
     give_half(tile_slot(has_last ? last : last - 1));

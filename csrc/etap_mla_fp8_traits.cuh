@@ -197,9 +197,11 @@ struct Fp8TileTraits {
   using LayoutP = decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<Code>{},
                                          Shape<Int<kParts * kRowTile>, Int<kTokenTile>>{}));
 
-  // The ring is one of whole tiles, which come and go by the barriers of their first slot. An even
-  // number, so that a stage is always of the same warpgroup's tiles: one that waited for every
-  // other lap of a barrier could take the lap before for its own.
+  // The ring is one of whole tiles, which come and go by the barriers of their first slot. Whoever
+  // waits for a lap of a stage must know that the lap before is complete, which has the other
+  // parity. An even number of stages sees to that within a segment: that lap was of the same
+  // warpgroup's tiles, who waited for it. Where it was of a segment before, both warpgroups met at
+  // that one's end, behind the waits for all of its tiles.
   static constexpr int kStages = [] {
     int const operands =
         cosize_v<LayoutQ> * int(sizeof(Operand)) + kMathWarpgroups * cosize_v<LayoutP>;
