@@ -166,16 +166,16 @@ class Fp8TileMathWarpgroup {
     typename Traits::MmaQk mma;
     Tensor q = make_tensor(make_smem_ptr(shared_.query), typename Traits::LayoutQ{});
     Tensor q_operand = mma.get_slice(thread_.thread).partition_fragment_B(q);  // (MMA, 1, 4, box)
-    constexpr int32_t kKpeColumns = kHeadDimKpe / 32, kBoxColumns = Boxes::kColumns / 32;
+    constexpr int32_t kKpeLoads = kHeadDimKpe / 32, kLoadsPerBox = Boxes::kColumns / 32;
     uint8_t const *const kpe = kpe_codes(), *const ckv = ckv_codes(ring_);
     warpgroup_fence_operand(scores_);
     warpgroup_fence_operand(kpe_scores_);
     run_steps<4 * Traits::kQueryBoxes, Traits::kGroupSteps>(
-        [&](int32_t columns) {
-          int32_t const of_ckv = columns - kKpeColumns;
-          return of_ckv < 0 ? load_keys(kpe, true, columns, thread_.warp, thread_.lane)
-                            : load_keys(ckv + of_ckv / kBoxColumns * Boxes::kElements, false,
-                                        of_ckv % kBoxColumns, thread_.warp, thread_.lane);
+        [&](int32_t load) {
+          int32_t const of_ckv = load - kKpeLoads;
+          return of_ckv < 0 ? load_keys(kpe, true, load, thread_.warp, thread_.lane)
+                            : load_keys(ckv + of_ckv / kLoadsPerBox * Boxes::kElements, false,
+                                        of_ckv % kLoadsPerBox, thread_.warp, thread_.lane);
         },
         convert_keys,
         [&](Fp8Fragment const& keys, int32_t step) {
@@ -192,18 +192,6 @@ class Fp8TileMathWarpgroup {
       scores_(i) += params_.kpe_over_ckv_scale * kpe_scores_(i);
     }
     scale_and_mask_scores();
-  }
-
-  __device__ static constexpr float part_weight(int32_t part) {
-    return 1.f / float(1 << part * Traits::kPartShift);
-  }
-
-  // a b + c, behind the wait for a product. (A fence of its registers, while other WGMMAs run,
-  // makes ptxas serialise all of them.)
-  __device__ __forceinline__ static float multiply_add(float a, float b, float c) {
-    float result;
-    asm volatile("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
-    return result;
   }
 
   __device__ __forceinline__ void scale_and_mask_scores() {
@@ -305,10 +293,8 @@ class Fp8TileMathWarpgroup {
                                                  swizzled_half_chunk(row, thread_.warp));
     if constexpr (kRowBlocks == 1) {
       SM90_U16x2_STSM_T::copy(codes[0], target);
-    } else if constexpr (kRowBlocks == 2) {
-      SM90_U16x4_STSM_T::copy(codes[0], codes[1], target);
     } else {
-      SM90_U16x8_STSM_T::copy(codes[0], codes[1], codes[2], codes[3], target);
+      SM90_U16x4_STSM_T::copy(codes[0], codes[1], target);
     }
   }
 
@@ -387,7 +373,7 @@ class Fp8TileMathWarpgroup {
         if (instruction == 0 && block + 1 < kBlocks) load_block(block + 1);
         if (number > 0) {
           warpgroup_wait<1>();
-          add_product<kInstructions, kMade>(number - 1, weight);
+          add_parts<kInstructions, kMade>(number - 1, weight);
         }
       }
     }
@@ -397,12 +383,16 @@ class Fp8TileMathWarpgroup {
       if (!is_last_tile()) release_tile<1>(ring_);
     }
     warpgroup_wait<0>();
-    add_product<kInstructions, kMade>(kBlocks * kInstructions - 1, weight);
+    add_parts<kInstructions, kMade>(kBlocks * kInstructions - 1, weight);
   }
 
-  // Adds the parts that an instruction multiplied.
+  __device__ static constexpr float part_weight(int32_t part) {
+    return 1.f / float(1 << part * Traits::kPartShift);
+  }
+
+  // Adds the products of the parts that an instruction multiplied.
   template <int kInstructions, int kMade>
-  __device__ __forceinline__ void add_product(int32_t number, float const (&weight)[kRows]) {
+  __device__ __forceinline__ void add_parts(int32_t number, float const (&weight)[kRows]) {
     constexpr int32_t kPartsAtOnce = Traits::kPartsAtOnce;
     auto const& product = product_[number % 2];
     int32_t const block = number / kInstructions, instruction = number % kInstructions;
@@ -412,10 +402,10 @@ class Fp8TileMathWarpgroup {
       float sum = product(j);
 #pragma unroll
       for (int32_t i = 1; i < kPartsAtOnce; ++i) {
-        sum = multiply_add(product(i * size(output) + j), part_weight(i), sum);
+        add_product(sum, product(i * size(output) + j), part_weight(i));
       }
       float const row_weight = weight[j / 4 * 2 + j % 2] * part_weight(instruction * kPartsAtOnce);
-      output(j) = multiply_add(sum, row_weight, output(j));
+      add_product(output(j), sum, row_weight);
     }
   }
 
