@@ -157,9 +157,6 @@ class Fp8TileMathWarpgroup {
 
   // --- S^T --------------------------------------------------------------------------------------
 
-  // Score of this thread's row i and token() + 8 * half.
-  __device__ float& score(int32_t i, int32_t half) { return scores_(i / 2 * 4 + half * 2 + i % 2); }
-
   // In units of log2, -inf where a row does not see a token. The part of kpe, which comes first,
   // has a scale of its own.
   __device__ __forceinline__ void compute_scores() {
@@ -168,7 +165,7 @@ class Fp8TileMathWarpgroup {
     Tensor q_operand = mma.get_slice(thread_.thread).partition_fragment_B(q);  // (MMA, 1, 4, box)
     constexpr int32_t kKpeLoads = kHeadDimKpe / 32, kLoadsPerBox = Boxes::kColumns / 32;
     uint8_t const *const kpe = kpe_codes(), *const ckv = ckv_codes(ring_);
-    warpgroup_fence_operand(scores_);
+    warpgroup_fence_operand(scores_.values);
     warpgroup_fence_operand(kpe_scores_);
     run_steps<4 * Traits::kQueryBoxes, Traits::kGroupSteps>(
         [&](int32_t load) {
@@ -181,40 +178,15 @@ class Fp8TileMathWarpgroup {
         [&](Fp8Fragment const& keys, int32_t step) {
           bool const is_kpe = step < 4, is_first = step == 0 || step == 4;
           mma.accumulate_ = is_first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
-          auto& scores = is_kpe ? kpe_scores_ : scores_;
+          auto& scores = is_kpe ? kpe_scores_ : scores_.values;
           gemm(mma, keys, q_operand(_, 0, step % 4, step / 4), scores(_, 0, 0));
         },
         [](int32_t) {}, [](int32_t) {});
-    warpgroup_fence_operand(scores_);
+    warpgroup_fence_operand(scores_.values);
     warpgroup_fence_operand(kpe_scores_);
-#pragma unroll
-    for (int32_t i = 0; i < size(scores_); ++i) {
-      scores_(i) += params_.kpe_over_ckv_scale * kpe_scores_(i);
-    }
-    scale_and_mask_scores();
-  }
-
-  __device__ __forceinline__ void scale_and_mask_scores() {
-#pragma unroll
-    for (int32_t i = 0; i < kRows; i += 2) {
-      auto const scale = *reinterpret_cast<float2 const*>(&shared_.score_scale[thread_.row(i)]);
-#pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        score(i, half) *= scale.x;
-        score(i + 1, half) *= scale.y;
-      }
-    }
-    if (tile_ < segment().masked_tile_begin) return;
-    int32_t const token = tile_ * kTokenTile + thread_.token();
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      int32_t const visible =
-          visible_tokens(params_, segment().request, segment().row_begin + thread_.row(i));
-#pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        if (token + 8 * half >= visible) score(i, half) = -INFINITY;
-      }
-    }
+    scores_.add_kpe(kpe_scores_, params_.kpe_over_ckv_scale);
+    scores_.scale(shared_.score_scale, thread_);
+    scores_.mask(params_, segment(), tile_, thread_);
   }
 
   // --- Softmax, P^T ------------------------------------------------------------------------------
@@ -224,7 +196,7 @@ class Fp8TileMathWarpgroup {
   __device__ __forceinline__ void raise_reference(float (&weight)[kRows]) {
     float tile_max[kRows];
 #pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) tile_max[i] = fmaxf(score(i, 0), score(i, 1));
+    for (int32_t i = 0; i < kRows; ++i) tile_max[i] = fmaxf(scores_(i, 0), scores_(i, 1));
     auto& of_warps = shared_.warp_max[thread_.warpgroup];
     thread_.reduce_over_warp(
         tile_max, [](float a, float b) { return fmaxf(a, b); },
@@ -263,16 +235,16 @@ class Fp8TileMathWarpgroup {
   __device__ __forceinline__ void store_probabilities(float const (&weight)[kRows]) {
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
-      score(i, 0) = rescale_factor(score(i, 0), tile_reference_[i]);
-      score(i, 1) = rescale_factor(score(i, 1), tile_reference_[i]);
-      row_sum_[i] += weight[i] * (score(i, 0) + score(i, 1));
+      scores_(i, 0) = rescale_factor(scores_(i, 0), tile_reference_[i]);
+      scores_(i, 1) = rescale_factor(scores_(i, 1), tile_reference_[i]);
+      row_sum_[i] += weight[i] * (scores_(i, 0) + scores_(i, 1));
     }
     // Two rows and two tokens, 8 apart, which are neighbours in the order of P^T and V^T.
     cutlass::Array<float, 4> values[kRowBlocks];
 #pragma unroll
     for (int32_t block = 0; block < kRowBlocks; ++block) {
 #pragma unroll
-      for (int32_t i = 0; i < 4; ++i) values[block][i] = score(2 * block + i / 2, i % 2);
+      for (int32_t i = 0; i < 4; ++i) values[block][i] = scores_(2 * block + i / 2, i % 2);
     }
 #pragma unroll
     for (int32_t part = 0; part < kParts; ++part) {
@@ -522,9 +494,9 @@ class Fp8TileMathWarpgroup {
   uint32_t tiles_before_ = 0;    // this CTA's, in the segments before
   uint32_t segment_number_ = 0;  // of this CTA
 
-  using Accumulator =
-      decltype(partition_fragment_C(typename Traits::MmaQk{}, Shape<_64, Int<kRowTile>>{}));
-  Accumulator scores_, kpe_scores_, output_[Boxes::kCkv][kHalves];
+  using Accumulator = typename TileScores<Traits>::Accumulator;
+  TileScores<Traits> scores_;
+  Accumulator kpe_scores_, output_[Boxes::kCkv][kHalves];
   decltype(partition_fragment_C(typename Traits::MmaPv{},
                                 Shape<_64, Int<Traits::kPartsAtOnce * kRowTile>>{})) product_[2];
   float tile_reference_[kRows];  // of the tile in work

@@ -90,6 +90,7 @@ struct EtapMlaFp8Traits {
   using Mma = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Operand, Operand, float, Shape<_64, Int<kRowTile>, _16>, GMMA::Major::K,
                            GMMA::Major::K>()));
+  using MmaQk = Mma;  // its name where the two differ
   // The part of kpe in bf16.
   using KpeAtom = GMMA::Layout_K_SW128_Atom<KpeElement>;
   using LayoutKpe = decltype(tile_to_shape(
