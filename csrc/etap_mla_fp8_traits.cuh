@@ -82,7 +82,6 @@ struct EtapMlaFp8Traits {
            (box + kScaleBytes / Boxes::kPerTile + 1);
   }();
   static_assert(kRingBoxes >= 2 * Boxes::kPerTile, "the ring must hold the pair of tiles in work");
-  static constexpr bool kBarrierPerTile = false;
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
 
@@ -215,7 +214,6 @@ struct Fp8TileTraits {
   static_assert(kStages > kMathWarpgroups, "the tiles in work, and others on their way");
   static constexpr int kRingBoxes = kStages * Boxes::kPerTile;
   static constexpr int kBoxesPerPair = 0;
-  static constexpr bool kBarrierPerTile = true;
   __device__ static constexpr bool has_barrier(int32_t box) { return box == 0; }
   static_assert(kTokenTile * kRowTile * int(sizeof(float)) <= Boxes::kElements,
                 "a box takes 64 columns of O^T when warpgroups exchange them");
