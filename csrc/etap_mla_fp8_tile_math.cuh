@@ -28,6 +28,7 @@
 #include "etap_mla_fp8_queries.cuh"
 #include "etap_mla_fp8_scores.cuh"
 #include "etap_mla_fp8_thread.cuh"
+#include "etap_mla_fp8_tile_sums.cuh"
 
 namespace etap {
 
@@ -38,11 +39,12 @@ class Fp8TileMathWarpgroup {
   using SharedStorage = typename Traits::SharedStorage;
   using Boxes = typename Traits::Boxes;
   using RingPosition = RingPosition<Traits::kRingBoxes>;
+  using TileSums = TileSums<Traits>;
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kRows = Traits::kRowsPerThread;
   static constexpr int kParts = Traits::kParts;
-  static constexpr int kHalves = 2;  // of a box: 64 columns each
+  static constexpr int kHalves = TileSums::kHalves;
 
  public:
   __device__ Fp8TileMathWarpgroup(Params const& params, SharedStorage& shared)
@@ -105,7 +107,7 @@ class Fp8TileMathWarpgroup {
       raise_reference(weight);
       store_probabilities(weight);
     }
-    share_statistics();
+    sums_.share_statistics(shared_, thread_);
     arrive_once_per_warp(&shared_.query_empty, 1);
     if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end();
     cutlass::arch::fence_view_async_shared();
@@ -142,16 +144,7 @@ class Fp8TileMathWarpgroup {
     tile_ = segment().tile_begin + first_tile();
     ring_ = tile_slot(first_tile());
     convert_queries_to_fp16<Traits>(params_, shared_);
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      row_sum_[i] = 0.f;
-      reference_[i] = -INFINITY;
-    }
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-#pragma unroll
-      for (int32_t half = 0; half < kHalves; ++half) clear(output_[box][half]);
-    }
+    sums_.clear();
     return true;
   }
 
@@ -208,27 +201,13 @@ class Fp8TileMathWarpgroup {
     for (int32_t i = 0; i < kRows; ++i) {
       auto const max = *reinterpret_cast<float4 const*>(of_warps[thread_.row(i)]);
       tile_reference_[i] = fmaxf(fmaxf(max.x, max.y), fmaxf(max.z, max.w)) - kLargestCodeLog2;
-      float const raised = fmaxf(reference_[i], tile_reference_[i]);
-      factor[i] = rescale_factor(reference_[i], raised);
+      float const raised = fmaxf(sums_.reference[i], tile_reference_[i]);
+      factor[i] = rescale_factor(sums_.reference[i], raised);
       weight[i] = rescale_factor(tile_reference_[i], raised);
-      is_raised |= raised != reference_[i];
-      reference_[i] = raised;
+      is_raised |= raised != sums_.reference[i];
+      sums_.reference[i] = raised;
     }
-    if (__any_sync(0xffffffff, is_raised)) rescale(factor);
-  }
-
-  __device__ __forceinline__ void rescale(float const (&factor)[kRows]) {
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) row_sum_[i] *= factor[i];
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-#pragma unroll
-      for (int32_t half = 0; half < kHalves; ++half) {
-        auto& output = output_[box][half];
-#pragma unroll
-        for (int32_t j = 0; j < size(output); ++j) output(j) *= factor[j / 4 * 2 + j % 2];
-      }
-    }
+    if (__any_sync(0xffffffff, is_raised)) sums_.multiply(factor);
   }
 
   // P^T = 2^(S^T - r), part after part.
@@ -237,7 +216,7 @@ class Fp8TileMathWarpgroup {
     for (int32_t i = 0; i < kRows; ++i) {
       scores_(i, 0) = rescale_factor(scores_(i, 0), tile_reference_[i]);
       scores_(i, 1) = rescale_factor(scores_(i, 1), tile_reference_[i]);
-      row_sum_[i] += weight[i] * (scores_(i, 0) + scores_(i, 1));
+      sums_.row_sum[i] += weight[i] * (scores_(i, 0) + scores_(i, 1));
     }
     // Two rows and two tokens, 8 apart, which are neighbours in the order of P^T and V^T.
     cutlass::Array<float, 4> values[kRowBlocks];
@@ -368,7 +347,7 @@ class Fp8TileMathWarpgroup {
     constexpr int32_t kPartsAtOnce = Traits::kPartsAtOnce;
     auto const& product = product_[number % 2];
     int32_t const block = number / kInstructions, instruction = number % kInstructions;
-    auto& output = output_[block / kMade][block % kMade];
+    auto& output = sums_.output[block / kMade][block % kMade];
 #pragma unroll
     for (int32_t j = 0; j < size(output); ++j) {
       float sum = product(j);
@@ -387,102 +366,22 @@ class Fp8TileMathWarpgroup {
   __device__ __forceinline__ void exchange_halves() {
     int32_t const last = segment().num_tiles() - 1;
     bool const has_last = last % kMathWarpgroups == thread_.warpgroup;
-    share_statistics();
+    RingPosition const own_tile = tile_slot(has_last ? last : last - 1);
+    RingPosition const other_tile = tile_slot(has_last ? last - 1 : last);
+    sums_.share_statistics(shared_, thread_);
     sync_warpgroup();  // nobody reads the tile any more
-    give_half(tile_slot(has_last ? last : last - 1));
+    sums_.give_half(ckv_codes(own_tile), thread_);
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
-    float other_factor[kRows];
-    bring_to_one_reference(other_factor);
-    take_half(tile_slot(has_last ? last - 1 : last), other_factor);
+    sums_.take_half(ckv_codes(other_tile), shared_, thread_);
+    release_tile<1>(other_tile);
   }
 
   __device__ __forceinline__ void write_segment() {
     write_fp8_segment<Traits>(
-        params_, segment(), thread_, [this](int32_t box) -> auto& { return output_[box][0]; },
-        [this](int32_t) { return params_.ckv_scale; }, [this](int32_t row) { return total(row).x; },
-        [this](int32_t row) { return total(row).y; });
-  }
-
-  // Reference and sums for both warpgroups.
-  __device__ __forceinline__ void share_statistics() {
-    thread_.reduce_over_warp(
-        row_sum_, [](float a, float b) { return a + b; },
-        [&](int32_t row, float sum) {
-          shared_.warp_sum[thread_.warpgroup][row][thread_.warp] = sum;
-        });
-    if (thread_.thread >= 4) return;
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      shared_.reference[thread_.warpgroup][thread_.row(i)] = reference_[i];
-    }
-  }
-
-  // A float4 of each thread for every 8 rows of the 64 columns that the other warpgroup keeps of a
-  // box, in place of the codes of a tile that was read.
-  __device__ float4* exchange(RingPosition const& tile, int32_t box) const {
-    return reinterpret_cast<float4*>(ckv_codes(tile) + box * Boxes::kElements) + thread_.thread;
-  }
-
-  __device__ __forceinline__ void give_half(RingPosition const& tile) {
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-      float4* const target = exchange(tile, box);
-#pragma unroll
-      for (int32_t block = 0; block < kRowBlocks; ++block) {
-        auto const& given = output_[box][1];
-        target[block * kWarpgroupThreads] = make_float4(given(block * 4), given(block * 4 + 1),
-                                                        given(block * 4 + 2), given(block * 4 + 3));
-      }
-    }
-    cutlass::arch::fence_view_async_shared();  // the producer writes there next
-  }
-
-  __device__ __forceinline__ void take_half(RingPosition const& tile,
-                                            float const (&factor)[kRows]) {
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-      float4 const* const source = exchange(tile, box);
-      auto& output = output_[box][0];
-#pragma unroll
-      for (int32_t block = 0; block < kRowBlocks; ++block) {
-        float4 const taken = source[block * kWarpgroupThreads];
-        output(block * 4) += taken.x * factor[2 * block];
-        output(block * 4 + 1) += taken.y * factor[2 * block + 1];
-        output(block * 4 + 2) += taken.z * factor[2 * block];
-        output(block * 4 + 3) += taken.w * factor[2 * block + 1];
-      }
-    }
-    cutlass::arch::fence_view_async_shared();
-    release_tile<1>(tile);
-  }
-
-  // The half of O^T that stays here, and what the other warpgroup's has to be multiplied with.
-  __device__ __forceinline__ void bring_to_one_reference(float (&other_factor)[kRows]) {
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      float const other = shared_.reference[thread_.warpgroup ^ 1][thread_.row(i)];
-      float const reference = fmaxf(reference_[i], other);
-      float const factor = rescale_factor(reference_[i], reference);
-      other_factor[i] = rescale_factor(other, reference);
-#pragma unroll
-      for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-        output_[box][0](i / 2 * 4 + i % 2) *= factor;
-        output_[box][0](i / 2 * 4 + i % 2 + 2) *= factor;
-      }
-    }
-  }
-
-  // Reference and sum of a row over both warpgroups, in a fixed order.
-  __device__ float2 total(int32_t row) const {
-    float const reference = fmaxf(shared_.reference[0][row], shared_.reference[1][row]);
-    float sum = 0.f;
-#pragma unroll
-    for (int32_t warpgroup = 0; warpgroup < kMathWarpgroups; ++warpgroup) {
-      auto const sums = *reinterpret_cast<float4 const*>(shared_.warp_sum[warpgroup][row]);
-      sum += ((sums.x + sums.y) + (sums.z + sums.w)) *
-             rescale_factor(shared_.reference[warpgroup][row], reference);
-    }
-    return {reference, sum};
+        params_, segment(), thread_, [this](int32_t box) -> auto& { return sums_.output[box][0]; },
+        [this](int32_t) { return params_.ckv_scale; },
+        [this](int32_t row) { return TileSums::total_reference(shared_, row); },
+        [this](int32_t row) { return TileSums::total_sum(shared_, row); });
   }
 
   Params const& params_;
@@ -494,14 +393,12 @@ class Fp8TileMathWarpgroup {
   uint32_t tiles_before_ = 0;    // this CTA's, in the segments before
   uint32_t segment_number_ = 0;  // of this CTA
 
-  using Accumulator = typename TileScores<Traits>::Accumulator;
   TileScores<Traits> scores_;
-  Accumulator kpe_scores_, output_[Boxes::kCkv][kHalves];
+  typename TileScores<Traits>::Accumulator kpe_scores_;
   decltype(partition_fragment_C(typename Traits::MmaPv{},
                                 Shape<_64, Int<Traits::kPartsAtOnce * kRowTile>>{})) product_[2];
   float tile_reference_[kRows];  // of the tile in work
-  float reference_[kRows];
-  float row_sum_[kRows];  // over this thread's tokens only, until the segment ends
+  TileSums sums_;                // of this warpgroup's tiles of the segment
 };
 
 }  // namespace etap
