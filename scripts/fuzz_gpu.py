@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import validate_gpu
 from decode_bench import evidence
-from fuzzing import cases, compare, tensors
+from fuzzing import cases, codes, compare, tensors
 
 WORKSPACE_BYTES = 128 * 1024 * 1024
 CASES_AT_ONCE = 64  # results read with one copy to the host
@@ -106,6 +106,7 @@ class Fuzzer:
             case.lse_base_e,
             compare.two_part_tokens(case.heads, max(case.q_lens)),
             is_flashmla=case.kv_dtype == "flashmla_656",
+            codes=codes.Codes.of_case(case),
         )
 
     def judge(self) -> None:
@@ -216,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seconds": round(seconds, 1),
         "rmse_bound": compare.RMSE_BOUND,
         "rmse_bound_one_part": compare.RMSE_BOUND_ONE_PART,
+        "rmse_bound_codes": compare.RMSE_BOUND_CODES,
         "worst": {key: float(f"{value:.4g}") for key, value in vars(fuzzer.worst).items()},
     }
     print(f"{fuzzer.done} cases in {seconds:.0f} s, {len(fuzzer.mismatches)} mismatches; worst")

@@ -11,7 +11,7 @@ import fuzz_gpu
 import pytest
 import torch
 from decode_bench import evidence
-from fuzzing import cases, compare, tensors
+from fuzzing import cases, codes, compare, tensors
 
 from etap_flashinfer import BatchMLAPagedAttentionWrapper
 
@@ -20,6 +20,7 @@ SEED = 20261121
 # The reference backend rounds no probability: its results are held to the bound of two parts
 # whatever the length, and no case here is longer.
 ALL_IN_TWO_PARTS = 8192
+CODED = ("flashmla_656", "fp8_e4m3")
 
 
 def make_wrapper() -> BatchMLAPagedAttentionWrapper:
@@ -39,6 +40,7 @@ def judge(given: tensors.Tensors, two_parts_up_to: int = ALL_IN_TWO_PARTS) -> co
         case.lse_base_e,
         two_parts_up_to,
         case.kv_dtype == "flashmla_656",
+        codes.Codes.of_case(case),
     )
     return compare.Worst.read(found.stacked().tolist())
 
@@ -65,7 +67,7 @@ def test_draws_reach_everything() -> None:
         "pages": cases.PAGES,
         "logits": cases.LOGITS,
         "logit_target": cases.LOGIT_TARGETS,
-        "kv_dtype": (*cases.DTYPES, "flashmla_656"),
+        "kv_dtype": (*cases.DTYPES, "flashmla_656", "fp8_e4m3"),
     }.items():
         assert {getattr(case, name) for case in drawn} == set(values), name
     for name in ("causal", "index_on_host", "graph_buffers", "packed", "lse_base_e", "validate"):
@@ -93,6 +95,10 @@ def test_a_case_is_repeated_by_its_number() -> None:
         assert torch.equal(one.contiguous().view(torch.int16), other.contiguous().view(torch.int16))
 
 
+def values_of(stored: torch.Tensor) -> torch.Tensor:
+    return (stored.view(torch.float8_e4m3fn) if stored.dtype == torch.uint8 else stored).float()
+
+
 def test_what_nobody_sees_is_poison() -> None:
     """Pool and page table: everything that no length reaches."""
     found = 0
@@ -110,8 +116,11 @@ def test_what_nobody_sees_is_poison() -> None:
         for page in range(ckv.shape[0]):
             for slot in range(case.page_size):
                 token = ckv[page, slot]
-                is_bytes = token.dtype == torch.uint8  # of FlashMLA's layout: 0xFF is NaN
-                is_given = (token != 0xFF).any() if is_bytes else token.isfinite().all()
+                is_given = (
+                    (token != 0xFF).any()  # NaN: bytes of FlashMLA's layout
+                    if case.kv_dtype == "flashmla_656"
+                    else values_of(token).isfinite().all()
+                )
                 assert bool(is_given) == ((page, slot) in seen)
         found += 1
     assert found > 5
@@ -157,13 +166,15 @@ def run_plain(
 
 each_type = pytest.mark.parametrize(
     ("dtype", "kv_dtype"),
-    [(dtype, kv_dtype) for dtype in cases.DTYPES for kv_dtype in (dtype, "flashmla_656")],
+    [(dtype, kv_dtype) for dtype in cases.DTYPES for kv_dtype in (dtype, *CODED)],
 )
 
 
 @each_type
 def test_right_results_pass_close_to_rounding(dtype: str, kv_dtype: str) -> None:
-    found = judge(run_plain(dtype=dtype, kv_dtype=kv_dtype))
+    # Beside weights of fp16 a row is judged only where many tokens count.
+    lengths = {"kv_lens": (1500, 1200, 0), "sm_scale": 576**-0.5} if kv_dtype == "fp8_e4m3" else {}
+    found = judge(run_plain(dtype=dtype, kv_dtype=kv_dtype, **lengths))
     assert not found.is_mismatch()
     assert found.rmse_over_rounding == pytest.approx(1.0, abs=0.01)
     assert found.uncertainty < 1e-3

@@ -8,6 +8,7 @@ import random
 
 DTYPES = ("bf16", "fp16")
 FLASHMLA_SHARE = 0.2  # of the cases with FlashMLA's fp8 cache
+FP8_SHARE = 0.3  # with e4m3 codes and one scale
 HEADS = (1, 2, 3, 6, 8, 9, 12, 16, 16, 16, 24, 32, 33, 64, 96, 127, 128)
 PAGE_SIZES = (1, 1, 2, 3, 5, 8, 16, 24, 32, 48, 64, 64, 64, 96, 100, 128, 256)
 BATCHES = (1, 1, 2, 2, 3, 4, 5, 7, 9, 16, 17, 33)
@@ -26,6 +27,14 @@ LOGIT_TARGETS = (3.0, 20.0, 300.0, 1e4, 3e4)
 # Exponents of two by which ckv is scaled, and q_nope against it: into fp16's subnormals, out of
 # fp16's range.
 CKV_EXPONENTS = {"bf16": (0, 0, 0, 0, -40, 40), "fp16": (0, 0, 0, 0, -12, 8)}
+# Of kpe, with scales; against ckv for queries of bf16. Further apart, queries lose what a row's
+# largest value leaves no place for (QUERY_ROUNDOFF in compare.py).
+KPE_EXPONENTS = {"bf16": (0, 0, 0, -10, 10), "fp16": (0, 0, 0, -8, 8)}
+# A scale over the size of the values: a plain cast; all codes in use; few and most of them
+# saturated; few but subnormal ones, and fewer still.
+SCALE_FRACTIONS = (1.0, 1.0, 0.01, 2.0**-7, 2.0**-9, 2.0**6, 2.0**9)
+# What is done to ckv for codes of all sizes; see tensors.spread_values and tensors.special_codes.
+CODE_PATTERNS = ("plain", "plain", "tokens_apart", "columns_apart", "special")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +66,31 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fp8:
+    """Of a cache of e4m3 with one scale for ckv and one for kpe."""
+
+    ckv_scale: float = 1.0
+    kpe_scale: float = 1.0
+    kpe_exponent: int = 0  # as ckv_exponent
+    pattern: str = "plain"  # of CODE_PATTERNS
+    as_bytes: bool = False  # uint8 in place of float8_e4m3fn
+
+    @staticmethod
+    def draw(chosen: random.Random, dtype: str, ckv_exponent: int) -> Fp8:
+        kpe_exponent = chosen.choice(KPE_EXPONENTS[dtype])
+        if dtype == "bf16":
+            kpe_exponent += ckv_exponent
+        scales = [
+            2.0**exponent
+            * chosen.choice(SCALE_FRACTIONS)
+            * (1.0 if chosen.random() < 0.5 else chosen.uniform(1, 2))
+            for exponent in (ckv_exponent, kpe_exponent)
+        ]
+        pattern = chosen.choice(CODE_PATTERNS)
+        return Fp8(*scales, kpe_exponent, pattern, chosen.random() < 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
 class Limits:
     """How large a case may be."""
 
@@ -78,7 +112,7 @@ class Case:
     seed: int
     number: int
     dtype: str
-    kv_dtype: str  # that of the queries, or "flashmla_656"
+    kv_dtype: str  # that of the queries, "flashmla_656" or "fp8_e4m3"
     heads: int
     page_size: int
     causal: bool
@@ -99,15 +133,20 @@ class Case:
     lse_base_e: bool
     validate: bool
     fixed_split_size: int | None  # pages
+    fp8: Fp8 = Fp8()  # with kv_dtype "fp8_e4m3"
 
     def describe(self) -> str:
         """The fields that matter most, in one line."""
         lengths = ",".join(map(str, self.kv_lens[:12])) + (",..." if len(self.kv_lens) > 12 else "")
         queries = sorted(set(self.q_lens))
+        codes = ""
+        if self.kv_dtype == "fp8_e4m3":
+            scales = f"{self.fp8.ckv_scale:.4g}, {self.fp8.kpe_scale:.4g}"
+            codes = f"codes {self.fp8.pattern} times {scales} "
         return (
             f"{self.dtype}/{self.kv_dtype} heads {self.heads} page {self.page_size} "
             f"q_lens {queries} {'causal ' if self.causal else ''}scale {self.sm_scale:.4g} "
-            f"logits {self.logits} {self.logit_target:g} 2^{self.ckv_exponent} "
+            f"logits {self.logits} {self.logit_target:g} 2^{self.ckv_exponent} {codes}"
             f"pages {self.pages} split {self.fixed_split_size} lengths {lengths}"
         )
 
@@ -203,7 +242,11 @@ def draw_case(seed: int, number: int, limits: Limits) -> Case:
         validate=chosen.random() < 0.05,
         fixed_split_size=_draw_fixed_split(chosen, page_size, heads, sum(q_lens)),
     )
-    # Drawn last, so that the rest of a case is what it was before there was this one.
-    if chosen.random() < FLASHMLA_SHARE:
-        case = dataclasses.replace(case, kv_dtype="flashmla_656")
+    # Drawn last, so that the rest of a case does not depend on the format.
+    kind = chosen.random()
+    if kind < FLASHMLA_SHARE:
+        return dataclasses.replace(case, kv_dtype="flashmla_656")
+    if kind < FLASHMLA_SHARE + FP8_SHARE:
+        fp8 = Fp8.draw(chosen, dtype, case.ckv_exponent)
+        return dataclasses.replace(case, kv_dtype="fp8_e4m3", fp8=fp8)
     return case

@@ -16,20 +16,26 @@ Where the error comes from, to first order, for one row:
     subtraction of the maximum, and the third for exp2. At logits of 1e4 delta is about 0.2: the
     weights are then uncertain by a fifth, whoever computes in float32, and where two tokens compete
     so is O. Where one token has all the weight O is not uncertain at all.
+    For e4m3 codes with one scale kpe is summed first, in 4 steps, and brought to the scale of ckv:
+    what follows has its sum, not its norm, and there are a few roundings more. Queries are then
+    fp16 numbers times a power of two, the largest of a row between 2^14 and 2^15: of others half
+    the smallest subnormal number may be lost, 2^-39 of the largest.
 2.  p. Weights 2^(S - max) are stored as a high and a low part of the type of the cache, hence
     rounded by u^2 of themselves; those of requests longer than two_part_tokens() as the high part
     alone, rounded by u. In fp16 either may lose half the smallest subnormal number. Those below the
     smallest normal float32 number are 0: seen where the row's heaviest token has a value of 0.
     For a cache in FlashMLA's layout, weights times scales are stored in fp16, for results of fp16
-    in two parts, whatever the length: csrc/etap_mla_flashmla_scores.cuh says what is lost.
+    in two parts, whatever the length: csrc/etap_mla_flashmla_scores.cuh says what is lost. For
+    e4m3 codes with one scale the weights are e4m3 or fp16, and products may be cut off: codes.py.
 3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
 4.  O, rounded once to the output's type: the only error of an exact computation.
 
 Two criteria bound the output. By element, with certainty: 1 to 3 at their worst, put through the
 softmax, beside half a unit of the last place. And by RMSE over the rows whose weight rests on many
 tokens (1 / sum p^2 of them): RMSE_BOUND times that of rounding alone, beside 1 and 3 as independent
-errors of the tokens, which average out over them. The first catches whatever is wrong by more than
-rounding anywhere, the second whatever is a little wrong everywhere.
+errors of the tokens, which average out over them, and what is usually cut off of codes. The first
+catches whatever is wrong by more than rounding anywhere, the second whatever is a little wrong
+everywhere.
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ import math
 
 import torch
 
+from .codes import Codes
 from .tensors import HEAD_DIM_CKV, Group
 
 # RMSE over that of rounding O alone, and the tokens on which the weight of a row must rest to be
@@ -69,6 +76,13 @@ FLASHMLA_ROUNDOFF = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-22}
 FLASHMLA_SMALLEST = 2.0**-32
 SCALE_COLUMNS = 128
 
+RMSE_BOUND_CODES = 1.15  # of codes with one scale, weights in parts
+CODES_SCORE_ROUNDOFF = 40 * 2.0**-23
+CODES_KPE_ROUNDOFF = 6 * 2.0**-23
+CODES_LOGIT_ROUNDOFF = 3 * 2.0**-23  # the scale of ckv, too, is rounded and multiplied
+QUERY_ROUNDOFF = 2.0**-39
+CODES_TOKENS_PER_STEP = 8  # each tile may be brought to another reference, by a rounded factor
+
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # The smallest subnormal number of a type.
 SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
@@ -84,7 +98,8 @@ class Exact:
     out: torch.Tensor
     lse: torch.Tensor  # natural
     out_bound: torch.Tensor  # elementwise: how far float32 and the rounding of p may lead
-    arithmetic_bound: torch.Tensor  # the same without the rounding of p
+    arithmetic_bound: torch.Tensor  # the same without the rounding of p and of their products
+    cut_square: torch.Tensor  # mean over columns of what is usually cut off of products, squared
     lse_bound: torch.Tensor
     participation: torch.Tensor  # 1 / sum p^2: tokens on which the weight rests
     uncertainty: torch.Tensor  # relative, of the sum of weights; the bounds mean little near 1
@@ -143,6 +158,7 @@ def exact(
     sm_scale: float,
     two_parts_up_to: int,
     is_flashmla: bool = False,
+    codes: Codes | None = None,
 ) -> Exact:
     """Attend in float64 from dense ``queries`` to dense rows of ``pool``, and bound the error."""
     heads, device = queries.shape[1], queries.device
@@ -161,10 +177,9 @@ def exact(
     total = weights.sum(-1, keepdim=True)
     divisor = total.masked_fill(total == 0, 1.0)
 
-    (q_nope, q_pe), (k_nope, k_pe) = _norms(q), _norms(k)
-    delta = q_nope[..., None] * k_nope[:, None] + q_pe[..., None] * k_pe[:, None]
-    delta *= abs(sm_scale) * SCORE_ROUNDOFF
-    delta += LOGIT_ROUNDOFF * (scores.abs().masked_fill_(hidden, 0.0) + top.abs()) + EXP_ROUNDOFF
+    delta = _score_error(q, k, codes is not None).mul_(abs(sm_scale))
+    roundoff = LOGIT_ROUNDOFF if codes is None else CODES_LOGIT_ROUNDOFF
+    delta += roundoff * (scores.abs().masked_fill_(hidden, 0.0) + top.abs()) + EXP_ROUNDOFF
     # By how much each weight may be larger (it can't be smaller by more), relative to their sum.
     growth = torch.exp(scores + delta - top).sub_(weights).div_(divisor)
     uncertainty = growth.sum(-1, keepdim=True)
@@ -172,30 +187,66 @@ def exact(
     # |p'_t - p_t| for p' = (p + e) / (1 + sum e) and |e_t| <= growth_t.
     change = growth * (1 - p) + p * (uncertainty - growth)
     change /= (1 - uncertainty).clamp(min=0.05)
-    steps = visible.clamp(min=0) / 16 + FIXED_SUM_STEPS
+    tokens_per_step = 16 if codes is None else CODES_TOKENS_PER_STEP
+    steps = visible.clamp(min=0) / tokens_per_step + FIXED_SUM_STEPS
     change += p * steps * SUM_ROUNDOFF
     dtype = queries.dtype
-    change += weights.clamp(max=LOST_WEIGHT[dtype]) / divisor
-    v = k[..., :HEAD_DIM_CKV]
-    has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None, None]
-    unit = UNIT_ROUNDOFF[dtype]
-    arithmetic_bound = change @ v.abs()
-    storing_bound = torch.where(has_two_parts, unit**2, unit) * (p @ v.abs())
-    if is_flashmla:
-        largest = v.abs().amax(1).unflatten(-1, (-1, SCALE_COLUMNS)).amax(-1)
+    lost_weight = LOST_WEIGHT[torch.bfloat16 if codes else dtype]
+    change += weights.clamp(max=lost_weight) / divisor
+    v = k[..., :HEAD_DIM_CKV].abs()
+    arithmetic_bound = change @ v
+    out = p @ k[..., :HEAD_DIM_CKV]
+    cut_square = torch.zeros_like(out[..., 0])
+    if codes is not None:
+        most = p + change
+        storing_bound = codes.storing_error(most, dtype) @ v
+        if codes.may_multiply_codes:
+            cut_off = codes.cut_off(most, v, dtype)
+            cut_square = codes.usually_cut_off(p, v, out, cut_off).square().mean(-1)
+            storing_bound += cut_off
+    elif is_flashmla:
+        largest = v.amax(1).unflatten(-1, (-1, SCALE_COLUMNS)).amax(-1)
         lost = FLASHMLA_SMALLEST * largest.repeat_interleave(SCALE_COLUMNS, -1)[:, None]
-        storing_bound = FLASHMLA_ROUNDOFF[dtype] * (p @ v.abs()) + visible.clamp(min=0) * lost
+        storing_bound = FLASHMLA_ROUNDOFF[dtype] * (p @ v) + visible.clamp(min=0) * lost
+    else:
+        has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None, None]
+        unit = UNIT_ROUNDOFF[dtype]
+        storing_bound = torch.where(has_two_parts, unit**2, unit) * (p @ v)
     log_total = torch.where(total > 0, divisor.log() + top, -math.inf).squeeze(-1)
     lse_bound = uncertainty / (1 - uncertainty).clamp(min=0.05) + steps * SUM_ROUNDOFF
     return Exact(
-        out=p @ v,
+        out=out,
         lse=log_total,
         out_bound=arithmetic_bound + storing_bound,
         arithmetic_bound=arithmetic_bound,
+        cut_square=cut_square,
         lse_bound=lse_bound.squeeze(-1),
         participation=1 / p.square().sum(-1).clamp(min=1e-300),
         uncertainty=uncertainty.squeeze(-1),
     )
+
+
+def _score_error(q: torch.Tensor, k: torch.Tensor, is_codes: bool) -> torch.Tensor:
+    """How far products of queries and keys may be off, ``[requests, rows, tokens]``."""
+    (q_nope, q_pe), (k_nope, k_pe) = _norms(q), _norms(k)
+    of_nope = q_nope[..., None] * k_nope[:, None]
+    of_pe = q_pe[..., None] * k_pe[:, None]
+    if not is_codes:
+        return (of_nope + of_pe) * SCORE_ROUNDOFF
+    sums_of_pe = (q[..., HEAD_DIM_CKV:] @ k[..., HEAD_DIM_CKV:].mT).abs()
+    lost = (q.abs().amax(-1) * QUERY_ROUNDOFF)[..., None] * k.abs().sum(-1)[:, None]
+    return (of_nope + sums_of_pe) * CODES_SCORE_ROUNDOFF + of_pe * CODES_KPE_ROUNDOFF + lost
+
+
+def _rmse_criterion(
+    dtype: torch.dtype, has_two_parts: torch.Tensor, codes: Codes | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSE over rounding and the least participation, as ``has_two_parts`` of requests."""
+    bound = torch.where(has_two_parts, RMSE_BOUND, RMSE_BOUND_ONE_PART)
+    enough = torch.where(has_two_parts, MIN_PARTICIPATION, MIN_PARTICIPATION_ONE_PART)
+    if codes is not None and (dtype == torch.bfloat16 or not codes.may_multiply_fp16):
+        return torch.full_like(bound, RMSE_BOUND_CODES), torch.full_like(enough, MIN_PARTICIPATION)
+    return bound, enough
 
 
 def compare(
@@ -209,6 +260,7 @@ def compare(
     lse_base_e: bool = False,
     two_parts_up_to: int = 0,
     is_flashmla: bool = False,
+    codes: Codes | None = None,
 ) -> Worst:
     """Compare a result with float64; waits for nothing on a GPU.
 
@@ -229,13 +281,15 @@ def compare(
     is_flashmla : bool
         Whether the cache is in FlashMLA's layout, whose weights add next to nothing to the rounding
         of the output at any length.
+    codes : Codes, optional
+        If the cache is of e4m3 with one scale.
     """
     zero = torch.zeros((), dtype=torch.float64, device=queries.device)
     worst = Worst(zero, zero, zero, zero, zero)
     shares, rows, squares, roundings = zero, zero, zero, zero
     smallest = SMALLEST[out.dtype] / 2
     for group in groups:
-        answer = exact(queries, pool, group, causal, sm_scale, two_parts_up_to, is_flashmla)
+        answer = exact(queries, pool, group, causal, sm_scale, two_parts_up_to, is_flashmla, codes)
         heads = queries.shape[1]
         is_row = group.is_row.repeat_interleave(heads, 1)
         given = out[group.rows].double().flatten(1, 2)
@@ -249,13 +303,14 @@ def compare(
         worst.lse = torch.maximum(worst.lse, _lse_ratio(given_lse, answer, is_row, lse_base_e))
         worst.uncertainty = torch.maximum(worst.uncertainty, _largest(answer.uncertainty, is_row))
 
-        has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None] | is_flashmla
-        enough = torch.where(has_two_parts, MIN_PARTICIPATION, MIN_PARTICIPATION_ONE_PART)
+        has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None] & (codes is None)
+        has_two_parts |= is_flashmla
+        bound, enough = _rmse_criterion(out.dtype, has_two_parts, codes)
         judged = is_row & (answer.participation >= enough) & (answer.lse > -math.inf)
         square = error.square().mean(-1)
         rounding = (answer.out.to(out.dtype).double() - answer.out).square().mean(-1)
         averaged = answer.arithmetic_bound.square().mean(-1) / answer.participation
-        bound = torch.where(has_two_parts, RMSE_BOUND, RMSE_BOUND_ONE_PART)
+        averaged = averaged + answer.cut_square
         share = square / (bound.square() * rounding + averaged + 1e-300)
         shares = shares + torch.where(judged, share, 0.0).sum()
         rows = rows + judged.sum()

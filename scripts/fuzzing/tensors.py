@@ -10,12 +10,13 @@ import torch
 
 from etap_flashinfer import quantization
 
-from .cases import Case, Layout
+from .cases import DTYPES, Case, Layout
 
 TORCH_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "flashmla_656": quantization.FP8_DTYPE,
+    "fp8_e4m3": quantization.FP8_DTYPE,
 }
 HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
 HEAD_DIM = HEAD_DIM_CKV + HEAD_DIM_KPE
@@ -23,6 +24,12 @@ HEAD_DIM = HEAD_DIM_CKV + HEAD_DIM_KPE
 GARBAGE = (2**31 - 1, -1, 10**9, -(2**31))
 # The first column of pe carries logits of a given shape: this times the query's value there.
 COLUMN = 128.0
+LARGEST_FP16_QUERY = 6e4
+NAN_CODE = 0x7F
+# Of e4m3: the smallest subnormal number, the largest, the smallest normal one, 0; both signs. And
+# the largest of all.
+SMALL_CODES = (0x01, 0x81, 0x07, 0x87, 0x08, 0x88, 0x00, 0x80)
+LARGEST_CODES = (0x7E, 0xFE)
 
 
 @dataclasses.dataclass
@@ -184,24 +191,67 @@ def shape_logits(
         else:
             pool[:, HEAD_DIM_CKV:] = pool[0, HEAD_DIM_CKV:].clone()
         return
+    largest = COLUMN
+    if case.kv_dtype == "fp8_e4m3":
+        largest_code_value = quantization.FP8_MAX * case.fp8.kpe_scale
+        largest = min(largest, largest_code_value * 2.0**-case.fp8.kpe_exponent)
     column = torch.zeros(pool.shape[0], device=pool.device)
     if case.logits == "sunk":
         kept = torch.rand(column.shape, generator=generator, device=column.device) < 0.02
-        column = torch.where(kept, 0.0, COLUMN)
+        column = torch.where(kept, 0.0, largest)
     for group in groups if case.logits != "sunk" else ():
         # Pages may be shared, so the order of writes must not matter: the largest value stays.
         token = torch.arange(group.slots.shape[1], device=column.device)
         lengths = group.kv_lens[:, None]
-        value = (token + 1) / lengths * COLUMN
+        value = (token + 1) / lengths * largest
         if case.logits == "one_hot":
             chosen = torch.randint(2**31, lengths.shape, generator=generator, device=column.device)
-            value = torch.where(token == chosen % lengths.clamp(min=1), COLUMN, 0.0)
+            value = torch.where(token == chosen % lengths.clamp(min=1), largest, 0.0)
         value = torch.where(_is_token(group), value, 0.0)
         column.scatter_reduce_(0, group.slots.flatten(), value.flatten(), "amax")
     pool[:, HEAD_DIM_CKV] = column
     sign = torch.randint(2, queries.shape[:2], generator=generator, device=queries.device) * 2 - 1
-    slope = case.logit_target / (case.sm_scale * COLUMN) if case.sm_scale else 0.0
-    queries[..., HEAD_DIM_CKV] = sign * min(slope, 3e4)
+    slope = case.logit_target / (case.sm_scale * largest) if case.sm_scale else 0.0
+    queries[..., HEAD_DIM_CKV] = sign * min(abs(slope), 3e4) * math.copysign(1.0, slope)
+
+
+def spread_values(case: Case, pool: torch.Tensor, generator: torch.Generator) -> None:
+    """Bring ckv to sizes that lie decades apart, over tokens or over columns, in place."""
+    count = {"tokens_apart": pool.shape[0], "columns_apart": HEAD_DIM_CKV}.get(case.fp8.pattern)
+    if count is None:
+        return
+    exponents = torch.randint(15, (count,), generator=generator, device=pool.device)
+    factors = torch.exp2(-exponents.float())
+    is_over_tokens = case.fp8.pattern == "tokens_apart"
+    pool[:, :HEAD_DIM_CKV] *= factors[:, None] if is_over_tokens else factors
+
+
+def special_codes(case: Case, codes: torch.Tensor, generator: torch.Generator) -> None:
+    """Put codes from the ends of e4m3 in the place of some of ckv, in place.
+
+    The largest only where they are not so much larger than the others that logits would be beyond
+    what float32 can tell apart.
+    """
+    if case.fp8.pattern != "special":
+        return
+    largest = quantization.FP8_MAX * case.fp8.ckv_scale * 2.0**-case.ckv_exponent
+    chosen = SMALL_CODES + (LARGEST_CODES if largest < 16 else ())
+    ckv = codes.view(torch.uint8)[:, :HEAD_DIM_CKV]
+    kind = torch.randint(50 * len(chosen), ckv.shape, generator=generator, device=ckv.device)
+    for number, code in enumerate(chosen):
+        ckv.masked_fill_(kind == number, code)
+
+
+def _codes(
+    case: Case, pool: torch.Tensor, is_seen: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and codes of a cache of e4m3; NaN where no request looks."""
+    scales = case.fp8.ckv_scale, case.fp8.kpe_scale
+    codes = quantization.quantize_fp8_e4m3(pool, *scales).cache
+    special_codes(case, codes, generator)
+    codes.view(torch.uint8).masked_fill_(~is_seen, NAN_CODE)
+    values = quantization.dequantize_fp8_e4m3(codes, *scales, torch.float64)
+    return values, codes.view(torch.uint8) if case.fp8.as_bytes else codes
 
 
 def _values(
@@ -215,9 +265,15 @@ def _values(
     if case.positive_ckv:
         pool[:, :HEAD_DIM_CKV].abs_()
     shape_logits(case, queries, pool, groups, generator)
+    spread_values(case, pool, generator)
     if case.ckv_exponent:
         pool[:, :HEAD_DIM_CKV] *= 2.0**case.ckv_exponent
         queries[..., :HEAD_DIM_CKV] *= 2.0**-case.ckv_exponent
+    if case.fp8.kpe_exponent:
+        pool[:, HEAD_DIM_CKV:] *= 2.0**case.fp8.kpe_exponent
+        queries[..., HEAD_DIM_CKV:] *= 2.0**-case.fp8.kpe_exponent
+        if case.dtype == "fp16":
+            queries.clamp_(-LARGEST_FP16_QUERY, LARGEST_FP16_QUERY)
     queries = queries.to(TORCH_DTYPES[case.dtype])
     is_seen = torch.zeros(slots + 1, dtype=torch.bool, device=device)  # the last is for padding
     for group in groups:
@@ -227,6 +283,8 @@ def _values(
     if case.kv_dtype == "flashmla_656":
         packed = quantization.quantize_flashmla_656(pool).cache.masked_fill_(~is_seen, 0xFF)
         return queries, quantization.dequantize_flashmla_656(packed, torch.float64), packed
+    if case.kv_dtype == "fp8_e4m3":
+        return queries, *_codes(case, pool, is_seen, generator)
     pool = pool.to(TORCH_DTYPES[case.kv_dtype])
     poison = torch.tensor([math.nan, math.inf, -math.inf]).repeat(HEAD_DIM // 3)
     pool = torch.where(is_seen, pool, upload(poison.to(pool.dtype), device))
@@ -236,11 +294,14 @@ def _values(
 def place(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
     """Copy dense ``[first, second, 576]`` values into a layout; returns the views of both parts.
 
-    Bytes ``[first, second, 656]`` are one part, with two bytes for each element of the layout.
+    Of bytes there are two for each element of the layout; ``[first, second, 656]`` are one part.
     """
+    if values.dtype == quantization.FP8_DTYPE:
+        return tuple(part.view(values.dtype) for part in place(values.view(torch.uint8), layout))
     if values.dtype == torch.uint8:
-        wide = dataclasses.replace(layout, lead=2 * layout.lead, tail=2 * layout.tail)
-        return (_store(values, wide, 0xFF),)
+        layout = dataclasses.replace(layout, lead=2 * layout.lead, tail=2 * layout.tail)
+    if values.shape[-1] == quantization.FLASHMLA_TOKEN_BYTES:
+        return (_store(values, layout),)
     parts = (values[..., :HEAD_DIM_CKV], values[..., HEAD_DIM_CKV:])
     if not layout.fused:
         nope, pe = (_store(part, layout) for part in parts)
@@ -252,7 +313,8 @@ def place(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
     return stored[..., :HEAD_DIM_CKV], stored[..., HEAD_DIM_CKV:]
 
 
-def _store(values: torch.Tensor, layout: Layout, poison: float = math.nan) -> torch.Tensor:
+def _store(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    poison = 0xFF if values.dtype == torch.uint8 else math.nan
     if layout.transposed:
         values = values.transpose(0, 1)
     outer, inner, width = values.shape
@@ -331,11 +393,13 @@ def call(wrapper: Any, tensors: Tensors) -> None:
         TORCH_DTYPES[case.dtype],
         TORCH_DTYPES[case.kv_dtype],
         validate=case.validate,
-        **({"kv_cache_format": case.kv_dtype} if case.kv_dtype == "flashmla_656" else {}),
+        **({"kv_cache_format": case.kv_dtype} if case.kv_dtype not in DTYPES else {}),
         fixed_split_size=case.fixed_split_size,
     )
     results = {"out": tensors.out, "lse": tensors.lse, "return_lse": True}
     results["return_lse_base_on_e"] = case.lse_base_e
+    if case.kv_dtype == "fp8_e4m3":
+        results |= {"ckv_scale": case.fp8.ckv_scale, "kpe_scale": case.fp8.kpe_scale}
     if case.packed:
         caches = tensors.inputs[2:]
         cache = _packed(*caches) if len(caches) == 2 else caches[0]
