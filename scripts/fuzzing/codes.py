@@ -61,15 +61,13 @@ class Codes:
         """None if the case's cache is of another format.
 
         The wrapper takes the row tile for the longest query or, if it only knows the number of
-        queries, for their mean; of batch-invariant calls for a single one or for more.
+        queries, for their mean; of batch-invariant calls for a single one.
         """
         if case.kv_dtype != "fp8_e4m3":
             return None
         mean = -(-sum(case.q_lens) // len(case.q_lens))
         counts = {max(case.q_lens), mean} if case.fixed_split_size is None else {1}
         tiles = {dispatch.choose_row_tile(case.heads, count, "fp8") for count in counts}
-        if case.fixed_split_size is not None:
-            tiles.add(2 * LARGEST_CODED_ROW_TILE)
         return Codes(case.fp8.ckv_scale, frozenset(tiles))
 
     @property
