@@ -223,12 +223,6 @@ class FlashMlaScores {
         [](int32_t) {}, finish);
   }
 
-  // sum += product * factor, which stays behind the wait for the product. (A fence of its register,
-  // while other WGMMAs run, makes ptxas serialise all of them.)
-  __device__ __forceinline__ static void add_product(float& sum, float product, float factor) {
-    asm volatile("fma.rn.f32 %0, %1, %2, %0;" : "+f"(sum) : "f"(product), "f"(factor));
-  }
-
   __device__ Accumulator& kpe_products() { return products_[1]; }
 
   __device__ __forceinline__ void add_kpe() {

@@ -362,19 +362,11 @@ class Fp8MathWarpgroup {
           shared_.warp_sum[row_of_tile][4 * thread_.warpgroup + thread_.warp] = sum;
         });
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
-    auto const of_box = [this](int32_t box) -> auto& { return output_[box]; };
-    auto const scale = [this](int32_t box) { return output_scale(box); };
-    auto const sum = [this](int32_t row) { return total_sum(row); };
-    if (segment().is_whole()) {
-      write_fp8_output<Traits>(params_, segment(), thread_, of_box, scale, sum);
-    } else {
-      write_fp8_partial<Traits>(params_, segment().slot, thread_, of_box, scale);
-    }
-    int32_t const row = threadIdx.x;
-    if (row < kRowTile) {
-      write_fp8_statistics<Traits>(params_, segment(), row,
-                                   shared_.reference[reference_slot_ ^ 1][row], total_sum(row));
-    }
+    write_fp8_segment<Traits>(
+        params_, segment(), thread_, [this](int32_t box) -> auto& { return output_[box]; },
+        [this](int32_t box) { return output_scale(box); },
+        [this](int32_t row) { return shared_.reference[reference_slot_ ^ 1][row]; },
+        [this](int32_t row) { return total_sum(row); });
   }
 
   // Of all warps, in a fixed order.

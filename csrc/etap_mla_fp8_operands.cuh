@@ -1,8 +1,8 @@
 /*
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
- * WGMMA's A operand from e4m3 codes, and the order in which reading, converting and multiplying
- * follow one another.
+ * WGMMA's A operand from e4m3 codes, the order in which reading, converting and multiplying follow
+ * one another, and what becomes of a product while others are made.
  */
 #pragma once
 
@@ -94,6 +94,12 @@ __device__ __forceinline__ void run_steps(Load load, Convert convert, Multiply m
     finish(group);
   }
   warpgroup_wait<0>();
+}
+
+// sum += product * factor, which stays behind the wait for the product. (A fence of its register,
+// while other WGMMAs run, makes ptxas serialise all of them.)
+__device__ __forceinline__ void add_product(float& sum, float product, float factor) {
+  asm volatile("fma.rn.f32 %0, %1, %2, %0;" : "+f"(sum) : "f"(product), "f"(factor));
 }
 
 }  // namespace etap

@@ -75,4 +75,23 @@ __device__ __forceinline__ void write_fp8_statistics(Params const& params, Segme
   }
 }
 
+// All that a segment leaves: O^T / l and LSE or, of a part, O^T, its references and sums. Of a row,
+// `reference(row)` is what O^T is relative to, and `total_sum(row)` is l. Called by all math
+// threads, each with the accumulators of its own columns.
+template <class Traits, typename OfBox, typename Scale, typename Reference, typename TotalSum>
+__device__ __forceinline__ void write_fp8_segment(Params const& params, Segment const& segment,
+                                                  Fp8Thread const& thread, OfBox of_box,
+                                                  Scale scale, Reference reference,
+                                                  TotalSum total_sum) {
+  if (segment.is_whole()) {
+    write_fp8_output<Traits>(params, segment, thread, of_box, scale, total_sum);
+  } else {
+    write_fp8_partial<Traits>(params, segment.slot, thread, of_box, scale);
+  }
+  int32_t const row = threadIdx.x;
+  if (row < Traits::kRowTile) {
+    write_fp8_statistics<Traits>(params, segment, row, reference(row), total_sum(row));
+  }
+}
+
 }  // namespace etap

@@ -18,11 +18,30 @@ namespace etap {
 template <class Traits>
 struct TileScores {
   using Accumulator =
-      decltype(partition_fragment_C(typename Traits::Mma{}, Shape<_64, Int<Traits::kRowTile>>{}));
+      decltype(partition_fragment_C(typename Traits::MmaQk{}, Shape<_64, Int<Traits::kRowTile>>{}));
 
   // Of this thread's row i and token() + 8 * half.
   __device__ float& operator()(int32_t i, int32_t half) {
     return values(i / 2 * 4 + half * 2 + i % 2);
+  }
+
+  // Adds those of kpe, whose codes have a scale of their own: here relative to ckv's.
+  __device__ void add_kpe(Accumulator const& kpe_values, float relative_scale) {
+#pragma unroll
+    for (int32_t i = 0; i < size(values); ++i) values(i) += relative_scale * kpe_values(i);
+  }
+
+  // To units of log2, by a factor for each row.
+  __device__ void scale(float const (&row_scale)[Traits::kRowTile], Fp8Thread const& thread) {
+#pragma unroll
+    for (int32_t i = 0; i < Traits::kRowsPerThread; i += 2) {
+      auto const factor = *reinterpret_cast<float2 const*>(&row_scale[thread.row(i)]);
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        (*this)(i, half) *= factor.x;
+        (*this)(i + 1, half) *= factor.y;
+      }
+    }
   }
 
   // -inf where a row does not see a token.
@@ -64,7 +83,6 @@ class Fp8Scores {
   using Boxes = typename Traits::Boxes;
   using RingPosition = RingPosition<Traits::kRingBoxes>;
   using Accumulator = typename TileScores<Traits>::Accumulator;
-  static constexpr int kRows = Traits::kRowsPerThread;
   static constexpr bool kHasKpeScores = Traits::kRowTile <= 32;
 
  public:
@@ -93,21 +111,8 @@ class Fp8Scores {
     warpgroup_fence_operand(scores);
     if constexpr (kHasKpeScores) warpgroup_fence_operand(kpe_scores_);
     arrive_once_per_warp(&shared_.box_empty[kpe_slot.index], kMathWarpgroups);
-    if constexpr (kHasKpeScores) {
-#pragma unroll
-      for (int32_t i = 0; i < size(scores); ++i) {
-        scores(i) += params_.kpe_over_ckv_scale * kpe_scores_(i);
-      }
-    }
-#pragma unroll
-    for (int32_t i = 0; i < kRows; i += 2) {
-      auto const scale = *reinterpret_cast<float2 const*>(&shared_.score_scale[thread_.row(i)]);
-#pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        scores_(i, half) *= scale.x;
-        scores_(i + 1, half) *= scale.y;
-      }
-    }
+    if constexpr (kHasKpeScores) scores_.add_kpe(kpe_scores_, params_.kpe_over_ckv_scale);
+    scores_.scale(shared_.score_scale, thread_);
     scores_.mask(params_, segment, tile, thread_);
   }
 

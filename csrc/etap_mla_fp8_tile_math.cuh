@@ -2,9 +2,10 @@
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
  * The math warpgroups over a cache of e4m3 with one scale, up to 16 packed rows (query x head).
- * Each of the two has every second token tile to itself, with a reference, sums and all of O^T of
- * its own, so that one multiplies while the other has exponentials to make. (Of a segment of one
- * tile the first makes P, and both half of O^T.)
+ * Each of the two has every second token tile of a segment to itself, with a reference, sums and
+ * all of O^T of its own, so that one multiplies while the other has exponentials to make. The first
+ * tile is the first one's, whatever the CTA had before, so sums have an order that depends on the
+ * segment alone. (Of a segment of one tile the first makes P, and both half of O^T.)
  *
  *   S^T = K Q^T                 K turns into fp16 on its way to registers, which is exact
  *   r = max(S^T) - 8            over this tile; R = max(r, R so far), O^T *= 2^(R before - R)
@@ -27,6 +28,7 @@
 #include "etap_mla_fp8_queries.cuh"
 #include "etap_mla_fp8_scores.cuh"
 #include "etap_mla_fp8_thread.cuh"
+#include "etap_mla_fp8_tile_sums.cuh"
 
 namespace etap {
 
@@ -37,11 +39,12 @@ class Fp8TileMathWarpgroup {
   using SharedStorage = typename Traits::SharedStorage;
   using Boxes = typename Traits::Boxes;
   using RingPosition = RingPosition<Traits::kRingBoxes>;
+  using TileSums = TileSums<Traits>;
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kRows = Traits::kRowsPerThread;
   static constexpr int kParts = Traits::kParts;
-  static constexpr int kHalves = 2;  // of a box: 64 columns each
+  static constexpr int kHalves = TileSums::kHalves;
 
  public:
   __device__ Fp8TileMathWarpgroup(Params const& params, SharedStorage& shared)
@@ -70,11 +73,8 @@ class Fp8TileMathWarpgroup {
 
   __device__ bool has_one_tile() const { return segment().num_tiles() == 1; }
 
-  // The warpgroups take turns, over all segments. The first tile that this one has of the segment,
-  // if that has more than one: 0 or 1.
-  __device__ int32_t first_tile() const {
-    return has_one_tile() ? 0 : thread_.warpgroup ^ (tiles_before_ & 1);
-  }
+  // Of the segment, the first tile that this warpgroup works on.
+  __device__ int32_t first_tile() const { return has_one_tile() ? 0 : thread_.warpgroup; }
 
   // Box 0 of a tile of the segment.
   __device__ RingPosition tile_slot(int32_t tile) const {
@@ -107,7 +107,7 @@ class Fp8TileMathWarpgroup {
       raise_reference(weight);
       store_probabilities(weight);
     }
-    share_statistics();
+    sums_.share_statistics(shared_, thread_);
     arrive_once_per_warp(&shared_.query_empty, 1);
     if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end();
     cutlass::arch::fence_view_async_shared();
@@ -144,23 +144,11 @@ class Fp8TileMathWarpgroup {
     tile_ = segment().tile_begin + first_tile();
     ring_ = tile_slot(first_tile());
     convert_queries_to_fp16<Traits>(params_, shared_);
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      row_sum_[i] = 0.f;
-      reference_[i] = -INFINITY;
-    }
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-#pragma unroll
-      for (int32_t half = 0; half < kHalves; ++half) clear(output_[box][half]);
-    }
+    sums_.clear();
     return true;
   }
 
   // --- S^T --------------------------------------------------------------------------------------
-
-  // Score of this thread's row i and token() + 8 * half.
-  __device__ float& score(int32_t i, int32_t half) { return scores_(i / 2 * 4 + half * 2 + i % 2); }
 
   // In units of log2, -inf where a row does not see a token. The part of kpe, which comes first,
   // has a scale of its own.
@@ -168,67 +156,30 @@ class Fp8TileMathWarpgroup {
     typename Traits::MmaQk mma;
     Tensor q = make_tensor(make_smem_ptr(shared_.query), typename Traits::LayoutQ{});
     Tensor q_operand = mma.get_slice(thread_.thread).partition_fragment_B(q);  // (MMA, 1, 4, box)
-    constexpr int32_t kKpeColumns = kHeadDimKpe / 32, kBoxColumns = Boxes::kColumns / 32;
+    constexpr int32_t kKpeLoads = kHeadDimKpe / 32, kLoadsPerBox = Boxes::kColumns / 32;
     uint8_t const *const kpe = kpe_codes(), *const ckv = ckv_codes(ring_);
-    warpgroup_fence_operand(scores_);
+    warpgroup_fence_operand(scores_.values);
     warpgroup_fence_operand(kpe_scores_);
     run_steps<4 * Traits::kQueryBoxes, Traits::kGroupSteps>(
-        [&](int32_t columns) {
-          int32_t const of_ckv = columns - kKpeColumns;
-          return of_ckv < 0 ? load_keys(kpe, true, columns, thread_.warp, thread_.lane)
-                            : load_keys(ckv + of_ckv / kBoxColumns * Boxes::kElements, false,
-                                        of_ckv % kBoxColumns, thread_.warp, thread_.lane);
+        [&](int32_t load) {
+          int32_t const of_ckv = load - kKpeLoads;
+          return of_ckv < 0 ? load_keys(kpe, true, load, thread_.warp, thread_.lane)
+                            : load_keys(ckv + of_ckv / kLoadsPerBox * Boxes::kElements, false,
+                                        of_ckv % kLoadsPerBox, thread_.warp, thread_.lane);
         },
         convert_keys,
         [&](Fp8Fragment const& keys, int32_t step) {
           bool const is_kpe = step < 4, is_first = step == 0 || step == 4;
           mma.accumulate_ = is_first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
-          auto& scores = is_kpe ? kpe_scores_ : scores_;
+          auto& scores = is_kpe ? kpe_scores_ : scores_.values;
           gemm(mma, keys, q_operand(_, 0, step % 4, step / 4), scores(_, 0, 0));
         },
         [](int32_t) {}, [](int32_t) {});
-    warpgroup_fence_operand(scores_);
+    warpgroup_fence_operand(scores_.values);
     warpgroup_fence_operand(kpe_scores_);
-#pragma unroll
-    for (int32_t i = 0; i < size(scores_); ++i) {
-      scores_(i) += params_.kpe_over_ckv_scale * kpe_scores_(i);
-    }
-    scale_and_mask_scores();
-  }
-
-  __device__ static constexpr float part_weight(int32_t part) {
-    return 1.f / float(1 << part * Traits::kPartShift);
-  }
-
-  // a b + c, behind the wait for a product. (A fence of its registers, while other WGMMAs run,
-  // makes ptxas serialise all of them.)
-  __device__ __forceinline__ static float multiply_add(float a, float b, float c) {
-    float result;
-    asm volatile("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
-    return result;
-  }
-
-  __device__ __forceinline__ void scale_and_mask_scores() {
-#pragma unroll
-    for (int32_t i = 0; i < kRows; i += 2) {
-      auto const scale = *reinterpret_cast<float2 const*>(&shared_.score_scale[thread_.row(i)]);
-#pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        score(i, half) *= scale.x;
-        score(i + 1, half) *= scale.y;
-      }
-    }
-    if (tile_ < segment().masked_tile_begin) return;
-    int32_t const token = tile_ * kTokenTile + thread_.token();
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      int32_t const visible =
-          visible_tokens(params_, segment().request, segment().row_begin + thread_.row(i));
-#pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        if (token + 8 * half >= visible) score(i, half) = -INFINITY;
-      }
-    }
+    scores_.add_kpe(kpe_scores_, params_.kpe_over_ckv_scale);
+    scores_.scale(shared_.score_scale, thread_);
+    scores_.mask(params_, segment(), tile_, thread_);
   }
 
   // --- Softmax, P^T ------------------------------------------------------------------------------
@@ -238,7 +189,7 @@ class Fp8TileMathWarpgroup {
   __device__ __forceinline__ void raise_reference(float (&weight)[kRows]) {
     float tile_max[kRows];
 #pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) tile_max[i] = fmaxf(score(i, 0), score(i, 1));
+    for (int32_t i = 0; i < kRows; ++i) tile_max[i] = fmaxf(scores_(i, 0), scores_(i, 1));
     auto& of_warps = shared_.warp_max[thread_.warpgroup];
     thread_.reduce_over_warp(
         tile_max, [](float a, float b) { return fmaxf(a, b); },
@@ -250,43 +201,29 @@ class Fp8TileMathWarpgroup {
     for (int32_t i = 0; i < kRows; ++i) {
       auto const max = *reinterpret_cast<float4 const*>(of_warps[thread_.row(i)]);
       tile_reference_[i] = fmaxf(fmaxf(max.x, max.y), fmaxf(max.z, max.w)) - kLargestCodeLog2;
-      float const raised = fmaxf(reference_[i], tile_reference_[i]);
-      factor[i] = rescale_factor(reference_[i], raised);
+      float const raised = fmaxf(sums_.reference[i], tile_reference_[i]);
+      factor[i] = rescale_factor(sums_.reference[i], raised);
       weight[i] = rescale_factor(tile_reference_[i], raised);
-      is_raised |= raised != reference_[i];
-      reference_[i] = raised;
+      is_raised |= raised != sums_.reference[i];
+      sums_.reference[i] = raised;
     }
-    if (__any_sync(0xffffffff, is_raised)) rescale(factor);
-  }
-
-  __device__ __forceinline__ void rescale(float const (&factor)[kRows]) {
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) row_sum_[i] *= factor[i];
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-#pragma unroll
-      for (int32_t half = 0; half < kHalves; ++half) {
-        auto& output = output_[box][half];
-#pragma unroll
-        for (int32_t j = 0; j < size(output); ++j) output(j) *= factor[j / 4 * 2 + j % 2];
-      }
-    }
+    if (__any_sync(0xffffffff, is_raised)) sums_.multiply(factor);
   }
 
   // P^T = 2^(S^T - r), part after part.
   __device__ __forceinline__ void store_probabilities(float const (&weight)[kRows]) {
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
-      score(i, 0) = rescale_factor(score(i, 0), tile_reference_[i]);
-      score(i, 1) = rescale_factor(score(i, 1), tile_reference_[i]);
-      row_sum_[i] += weight[i] * (score(i, 0) + score(i, 1));
+      scores_(i, 0) = rescale_factor(scores_(i, 0), tile_reference_[i]);
+      scores_(i, 1) = rescale_factor(scores_(i, 1), tile_reference_[i]);
+      sums_.row_sum[i] += weight[i] * (scores_(i, 0) + scores_(i, 1));
     }
     // Two rows and two tokens, 8 apart, which are neighbours in the order of P^T and V^T.
     cutlass::Array<float, 4> values[kRowBlocks];
 #pragma unroll
     for (int32_t block = 0; block < kRowBlocks; ++block) {
 #pragma unroll
-      for (int32_t i = 0; i < 4; ++i) values[block][i] = score(2 * block + i / 2, i % 2);
+      for (int32_t i = 0; i < 4; ++i) values[block][i] = scores_(2 * block + i / 2, i % 2);
     }
 #pragma unroll
     for (int32_t part = 0; part < kParts; ++part) {
@@ -307,10 +244,8 @@ class Fp8TileMathWarpgroup {
                                                  swizzled_half_chunk(row, thread_.warp));
     if constexpr (kRowBlocks == 1) {
       SM90_U16x2_STSM_T::copy(codes[0], target);
-    } else if constexpr (kRowBlocks == 2) {
-      SM90_U16x4_STSM_T::copy(codes[0], codes[1], target);
     } else {
-      SM90_U16x8_STSM_T::copy(codes[0], codes[1], codes[2], codes[3], target);
+      SM90_U16x4_STSM_T::copy(codes[0], codes[1], target);
     }
   }
 
@@ -389,7 +324,7 @@ class Fp8TileMathWarpgroup {
         if (instruction == 0 && block + 1 < kBlocks) load_block(block + 1);
         if (number > 0) {
           warpgroup_wait<1>();
-          add_product<kInstructions, kMade>(number - 1, weight);
+          add_parts<kInstructions, kMade>(number - 1, weight);
         }
       }
     }
@@ -399,25 +334,29 @@ class Fp8TileMathWarpgroup {
       if (!is_last_tile()) release_tile<1>(ring_);
     }
     warpgroup_wait<0>();
-    add_product<kInstructions, kMade>(kBlocks * kInstructions - 1, weight);
+    add_parts<kInstructions, kMade>(kBlocks * kInstructions - 1, weight);
   }
 
-  // Adds the parts that an instruction multiplied.
+  __device__ static constexpr float part_weight(int32_t part) {
+    return 1.f / float(1 << part * Traits::kPartShift);
+  }
+
+  // Adds the products of the parts that an instruction multiplied.
   template <int kInstructions, int kMade>
-  __device__ __forceinline__ void add_product(int32_t number, float const (&weight)[kRows]) {
+  __device__ __forceinline__ void add_parts(int32_t number, float const (&weight)[kRows]) {
     constexpr int32_t kPartsAtOnce = Traits::kPartsAtOnce;
     auto const& product = product_[number % 2];
     int32_t const block = number / kInstructions, instruction = number % kInstructions;
-    auto& output = output_[block / kMade][block % kMade];
+    auto& output = sums_.output[block / kMade][block % kMade];
 #pragma unroll
     for (int32_t j = 0; j < size(output); ++j) {
       float sum = product(j);
 #pragma unroll
       for (int32_t i = 1; i < kPartsAtOnce; ++i) {
-        sum = multiply_add(product(i * size(output) + j), part_weight(i), sum);
+        add_product(sum, product(i * size(output) + j), part_weight(i));
       }
       float const row_weight = weight[j / 4 * 2 + j % 2] * part_weight(instruction * kPartsAtOnce);
-      output(j) = multiply_add(sum, row_weight, output(j));
+      add_product(output(j), sum, row_weight);
     }
   }
 
@@ -426,111 +365,23 @@ class Fp8TileMathWarpgroup {
   // Both warpgroups have tiles.
   __device__ __forceinline__ void exchange_halves() {
     int32_t const last = segment().num_tiles() - 1;
-    bool const has_last = ((last ^ first_tile()) & 1) == 0;
-    share_statistics();
+    bool const has_last = last % kMathWarpgroups == thread_.warpgroup;
+    RingPosition const own_tile = tile_slot(has_last ? last : last - 1);
+    RingPosition const other_tile = tile_slot(has_last ? last - 1 : last);
+    sums_.share_statistics(shared_, thread_);
     sync_warpgroup();  // nobody reads the tile any more
-    give_half(tile_slot(has_last ? last : last - 1));
+    sums_.give_half(ckv_codes(own_tile), thread_);
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
-    float other_factor[kRows];
-    bring_to_one_reference(other_factor);
-    take_half(tile_slot(has_last ? last - 1 : last), other_factor);
+    sums_.take_half(ckv_codes(other_tile), shared_, thread_);
+    release_tile<1>(other_tile);
   }
 
   __device__ __forceinline__ void write_segment() {
-    auto const of_box = [this](int32_t box) -> auto& { return output_[box][0]; };
-    auto const scale = [this](int32_t) { return params_.ckv_scale; };
-    auto const total_sum = [this](int32_t row) { return total(row).y; };
-    if (segment().is_whole()) {
-      write_fp8_output<Traits>(params_, segment(), thread_, of_box, scale, total_sum);
-    } else {
-      write_fp8_partial<Traits>(params_, segment().slot, thread_, of_box, scale);
-    }
-    int32_t const row = threadIdx.x;
-    if (row < kRowTile) {
-      write_fp8_statistics<Traits>(params_, segment(), row, total(row).x, total(row).y);
-    }
-  }
-
-  // Reference and sums for both warpgroups.
-  __device__ __forceinline__ void share_statistics() {
-    thread_.reduce_over_warp(
-        row_sum_, [](float a, float b) { return a + b; },
-        [&](int32_t row, float sum) {
-          shared_.warp_sum[thread_.warpgroup][row][thread_.warp] = sum;
-        });
-    if (thread_.thread >= 4) return;
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      shared_.reference[thread_.warpgroup][thread_.row(i)] = reference_[i];
-    }
-  }
-
-  // A float4 of each thread for every 8 rows of the 64 columns that the other warpgroup keeps of a
-  // box, in place of the codes of a tile that was read.
-  __device__ float4* exchange(RingPosition const& tile, int32_t box) const {
-    return reinterpret_cast<float4*>(ckv_codes(tile) + box * Boxes::kElements) + thread_.thread;
-  }
-
-  __device__ __forceinline__ void give_half(RingPosition const& tile) {
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-      float4* const target = exchange(tile, box);
-#pragma unroll
-      for (int32_t block = 0; block < kRowBlocks; ++block) {
-        auto const& given = output_[box][1];
-        target[block * kWarpgroupThreads] = make_float4(given(block * 4), given(block * 4 + 1),
-                                                        given(block * 4 + 2), given(block * 4 + 3));
-      }
-    }
-    cutlass::arch::fence_view_async_shared();  // the producer writes there next
-  }
-
-  __device__ __forceinline__ void take_half(RingPosition const& tile,
-                                            float const (&factor)[kRows]) {
-#pragma unroll
-    for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-      float4 const* const source = exchange(tile, box);
-      auto& output = output_[box][0];
-#pragma unroll
-      for (int32_t block = 0; block < kRowBlocks; ++block) {
-        float4 const taken = source[block * kWarpgroupThreads];
-        output(block * 4) += taken.x * factor[2 * block];
-        output(block * 4 + 1) += taken.y * factor[2 * block + 1];
-        output(block * 4 + 2) += taken.z * factor[2 * block];
-        output(block * 4 + 3) += taken.w * factor[2 * block + 1];
-      }
-    }
-    cutlass::arch::fence_view_async_shared();
-    release_tile<1>(tile);
-  }
-
-  // The half of O^T that stays here, and what the other warpgroup's has to be multiplied with.
-  __device__ __forceinline__ void bring_to_one_reference(float (&other_factor)[kRows]) {
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-      float const other = shared_.reference[thread_.warpgroup ^ 1][thread_.row(i)];
-      float const reference = fmaxf(reference_[i], other);
-      float const factor = rescale_factor(reference_[i], reference);
-      other_factor[i] = rescale_factor(other, reference);
-#pragma unroll
-      for (int32_t box = 0; box < Boxes::kCkv; ++box) {
-        output_[box][0](i / 2 * 4 + i % 2) *= factor;
-        output_[box][0](i / 2 * 4 + i % 2 + 2) *= factor;
-      }
-    }
-  }
-
-  // Reference and sum of a row over both warpgroups, in a fixed order.
-  __device__ float2 total(int32_t row) const {
-    float const reference = fmaxf(shared_.reference[0][row], shared_.reference[1][row]);
-    float sum = 0.f;
-#pragma unroll
-    for (int32_t warpgroup = 0; warpgroup < kMathWarpgroups; ++warpgroup) {
-      auto const sums = *reinterpret_cast<float4 const*>(shared_.warp_sum[warpgroup][row]);
-      sum += ((sums.x + sums.y) + (sums.z + sums.w)) *
-             rescale_factor(shared_.reference[warpgroup][row], reference);
-    }
-    return {reference, sum};
+    write_fp8_segment<Traits>(
+        params_, segment(), thread_, [this](int32_t box) -> auto& { return sums_.output[box][0]; },
+        [this](int32_t) { return params_.ckv_scale; },
+        [this](int32_t row) { return TileSums::total_reference(shared_, row); },
+        [this](int32_t row) { return TileSums::total_sum(shared_, row); });
   }
 
   Params const& params_;
@@ -542,14 +393,12 @@ class Fp8TileMathWarpgroup {
   uint32_t tiles_before_ = 0;    // this CTA's, in the segments before
   uint32_t segment_number_ = 0;  // of this CTA
 
-  using Accumulator =
-      decltype(partition_fragment_C(typename Traits::MmaQk{}, Shape<_64, Int<kRowTile>>{}));
-  Accumulator scores_, kpe_scores_, output_[Boxes::kCkv][kHalves];
+  TileScores<Traits> scores_;
+  typename TileScores<Traits>::Accumulator kpe_scores_;
   decltype(partition_fragment_C(typename Traits::MmaPv{},
                                 Shape<_64, Int<Traits::kPartsAtOnce * kRowTile>>{})) product_[2];
   float tile_reference_[kRows];  // of the tile in work
-  float reference_[kRows];
-  float row_sum_[kRows];  // over this thread's tokens only, until the segment ends
+  TileSums sums_;                // of this warpgroup's tiles of the segment
 };
 
 }  // namespace etap

@@ -82,7 +82,6 @@ struct EtapMlaFp8Traits {
            (box + kScaleBytes / Boxes::kPerTile + 1);
   }();
   static_assert(kRingBoxes >= 2 * Boxes::kPerTile, "the ring must hold the pair of tiles in work");
-  static constexpr bool kBarrierPerTile = false;
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
 
@@ -90,6 +89,7 @@ struct EtapMlaFp8Traits {
   using Mma = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Operand, Operand, float, Shape<_64, Int<kRowTile>, _16>, GMMA::Major::K,
                            GMMA::Major::K>()));
+  using MmaQk = Mma;  // its name where the two differ
   // The part of kpe in bf16.
   using KpeAtom = GMMA::Layout_K_SW128_Atom<KpeElement>;
   using LayoutKpe = decltype(tile_to_shape(
@@ -197,9 +197,11 @@ struct Fp8TileTraits {
   using LayoutP = decltype(tile_to_shape(GMMA::Layout_K_SW64_Atom<Code>{},
                                          Shape<Int<kParts * kRowTile>, Int<kTokenTile>>{}));
 
-  // The ring is one of whole tiles, which come and go by the barriers of their first slot. An even
-  // number, so that a stage is always of the same warpgroup's tiles: one that waited for every
-  // other lap of a barrier could take the lap before for its own.
+  // The ring is one of whole tiles, which come and go by the barriers of their first slot. Whoever
+  // waits for a lap of a stage must know that the lap before is complete, which has the other
+  // parity. An even number of stages sees to that within a segment: that lap was of the same
+  // warpgroup's tiles, who waited for it. Where it was of a segment before, both warpgroups met at
+  // that one's end, behind the waits for all of its tiles.
   static constexpr int kStages = [] {
     int const operands =
         cosize_v<LayoutQ> * int(sizeof(Operand)) + kMathWarpgroups * cosize_v<LayoutP>;
@@ -212,7 +214,6 @@ struct Fp8TileTraits {
   static_assert(kStages > kMathWarpgroups, "the tiles in work, and others on their way");
   static constexpr int kRingBoxes = kStages * Boxes::kPerTile;
   static constexpr int kBoxesPerPair = 0;
-  static constexpr bool kBarrierPerTile = true;
   __device__ static constexpr bool has_barrier(int32_t box) { return box == 0; }
   static_assert(kTokenTile * kRowTile * int(sizeof(float)) <= Boxes::kElements,
                 "a box takes 64 columns of O^T when warpgroups exchange them");

@@ -79,6 +79,8 @@ struct TileByTma {
   int32_t warp;  // of the two that share the copies of a tile
 
   static constexpr bool kIsFlashMla = Traits::kKvCache == KvCache::kFp8FlashMla;
+  // Whether a tile comes and goes by the barriers of its first box: its second has none.
+  static constexpr bool kHasBarrierPerTile = !Traits::has_barrier(1);
 
   __device__ static int32_t columns(int32_t box) {
     return box == 0 ? Boxes::kKpeElements : Boxes::kColumns;
@@ -87,7 +89,7 @@ struct TileByTma {
   // All copies of a box, or of the tile if it has but one barrier.
   __device__ void announce(uint64_t* full, int32_t box, int32_t copies) const {
     constexpr int32_t kTokenColumns = kHeadDimCkv + kHeadDimKpe;
-    int32_t const announced = Traits::kBarrierPerTile ? kTokenColumns : columns(box);
+    int32_t const announced = kHasBarrierPerTile ? kTokenColumns : columns(box);
     int32_t row_bytes = announced * int32_t(sizeof(typename Boxes::Element));
     if (kIsFlashMla && box == 0) row_bytes += kFlashMlaScaleBytes;
     TransactionBarrier::arrive_and_expect_tx(full, copies * rows_per_copy * row_bytes);
@@ -119,12 +121,12 @@ struct TileByTma {
     bool const has_box = box < Boxes::kPerTile;
     auto const slot = ring.after(box % Boxes::kPerTile);
     bool const has_barrier = has_box && Traits::has_barrier(box);
-    auto const& barrier = Traits::kBarrierPerTile ? ring : slot;
+    auto const& barrier = kHasBarrierPerTile ? ring : slot;
     uint64_t* const full = &shared.box_full[barrier.index];
     if (has_box) Barrier::wait(&shared.box_empty[barrier.index], barrier.parity ^ 1);
     __syncwarp();
     if (has_barrier && warp == 0) announce(full, box, copies);
-    __syncwarp();
+    if constexpr (kHasBarrierPerTile) __syncwarp();  // one lane announced what all copy
     for (int32_t group = warp; group < copies; group += kTmaWarps) {
       TokenPlace const group_place = {__shfl_sync(0xffffffff, place.page, group),
                                       __shfl_sync(0xffffffff, place.row, group)};

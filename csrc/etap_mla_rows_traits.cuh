@@ -49,7 +49,6 @@ struct RowsMlaTraits {
   static constexpr int kRingBoxes = kStages * kBoxesPerTile;
 
   // Boxes of ckv come and go in pairs, by the barriers of a pair's first.
-  static constexpr bool kBarrierPerTile = false;
   static constexpr int kBoxesPerPair = 2;
   __host__ __device__ static constexpr bool has_barrier(int32_t box) {
     return box == 0 || (box - 1) % kBoxesPerPair == 0;

@@ -281,7 +281,6 @@ struct EtapMlaTraits {
   }();
   static_assert(kRingBoxes > 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
 
-  static constexpr bool kBarrierPerTile = false;
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
 

@@ -58,28 +58,6 @@ def choose_row_tile(num_heads: int, query_len: int, kv_cache: KvCache = "same") 
     return next((row_tile for row_tile in tiles if rows <= row_tile), tiles[-1])
 
 
-def choose_batch_invariant_row_tile(num_heads: int, kv_cache: KvCache = "same") -> int:
-    """Choose the row tile of batch-invariant calls: that of one query, so that other requests have
-    no say.
-
-    With e4m3 codes and one scale the kernels of 8 and 16 rows have warpgroups take tiles in turns
-    over all that a CTA works on; which of them has a request's first tile, and with it the order of
-    its sums, depends on the rest of the batch. 32 rows don't do that.
-
-    Parameters
-    ----------
-    num_heads, kv_cache
-        As in :func:`choose_row_tile`.
-
-    Returns
-    -------
-    int
-        One of :func:`row_tiles`.
-    """
-    row_tile = choose_row_tile(num_heads, 1, kv_cache)
-    return max(row_tile, 32) if kv_cache == "fp8" else row_tile
-
-
 def choose_kv_loader(page_size: int) -> KvLoader:
     """Choose how the kernel reads the cache.
 

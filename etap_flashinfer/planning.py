@@ -150,15 +150,16 @@ def refuse_fixed_split(fixed_split_size: Any, backend: str, reason: str | None) 
 
 
 def variant_key(problem: Problem, query_len: int) -> VariantKey:
-    """Choose the variant that serves requests of ``query_len`` queries best."""
+    """Choose the variant that serves requests of ``query_len`` queries best.
+
+    That of batch-invariant calls is the one for a single query, so that other requests have no say.
+    """
     kv_cache = dispatch.KV_CACHE_OF_FORMAT[problem.kv_cache_format]
     if problem.fixed_split_size is not None:
-        row_tile = dispatch.choose_batch_invariant_row_tile(problem.num_heads, kv_cache)
-    else:
-        row_tile = dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache)
+        query_len = 1
     return (
         problem.q_data_type,
-        row_tile,
+        dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache),
         dispatch.choose_kv_loader(problem.page_size),
         kv_cache,
     )

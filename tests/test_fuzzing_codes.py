@@ -229,7 +229,7 @@ def test_row_tiles_follow_the_call() -> None:
     assert row_tiles() == {8}
     assert row_tiles(heads=17) == {32}
     assert row_tiles(q_lens=(1, 3)) == {16, 32}  # the mean, or the longest if it is known
-    assert row_tiles(fixed_split_size=4) == {32}
+    assert row_tiles(fixed_split_size=4, q_lens=(1, 3)) == {8}
     assert codes.Codes.of_case(plain_case(kv_dtype="bf16")) is None
 
 

@@ -422,16 +422,6 @@ def test_choose_row_tile(rows: int, row_tile: int) -> None:
     assert dispatch.choose_row_tile(rows, 1, "flashmla_656") == min(row_tile, 32)
 
 
-@pytest.mark.parametrize("heads", [1, 8, 9, 16, 17, 32, 33, 64, 128])
-def test_choose_batch_invariant_row_tile(heads: int) -> None:
-    """That of one query, but with an fp8 cache none whose sums depend on the batch."""
-    of_one_query = dispatch.choose_row_tile(heads, 1)
-    assert dispatch.choose_batch_invariant_row_tile(heads) == of_one_query
-    assert dispatch.choose_batch_invariant_row_tile(heads, "fp8") == max(32, of_one_query)
-    of_flashmla = dispatch.choose_batch_invariant_row_tile(heads, "flashmla_656")
-    assert of_flashmla == min(32, of_one_query)
-
-
 def test_choose_kv_loader() -> None:
     tma = [size for size in range(1, 130) if dispatch.choose_kv_loader(size) == "tma"]
     assert tma == list(range(8, 130, 8))

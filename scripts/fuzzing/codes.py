@@ -61,16 +61,13 @@ class Codes:
         """None if the case's cache is of another format.
 
         The wrapper takes the row tile for the longest query or, if it only knows the number of
-        queries, for their mean; of batch-invariant calls as dispatch has it.
+        queries, for their mean; of batch-invariant calls for a single one.
         """
         if case.kv_dtype != "fp8_e4m3":
             return None
-        if case.fixed_split_size is None:
-            mean = -(-sum(case.q_lens) // len(case.q_lens))
-            counts = {max(case.q_lens), mean}
-            tiles = {dispatch.choose_row_tile(case.heads, count, "fp8") for count in counts}
-        else:
-            tiles = {dispatch.choose_batch_invariant_row_tile(case.heads, "fp8")}
+        mean = -(-sum(case.q_lens) // len(case.q_lens))
+        counts = {max(case.q_lens), mean} if case.fixed_split_size is None else {1}
+        tiles = {dispatch.choose_row_tile(case.heads, count, "fp8") for count in counts}
         return Codes(case.fp8.ckv_scale, frozenset(tiles))
 
     @property

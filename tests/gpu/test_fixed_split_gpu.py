@@ -42,7 +42,7 @@ def workspace_bytes(problem: Problem, tokens: int, entries: int | None = None) -
     kv_cache = "fp8" if problem.plan_options() else "same"
     variant = jit.EtapMlaVariant(
         problem.dtype,
-        dispatch.choose_batch_invariant_row_tile(problem.num_heads, kv_cache),
+        dispatch.choose_row_tile(problem.num_heads, 1, kv_cache),
         dispatch.choose_kv_loader(problem.page_size),
         kv_cache,
     )
