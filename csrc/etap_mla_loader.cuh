@@ -25,6 +25,17 @@ __device__ __forceinline__ void arrive_once_per_warp(uint64_t* barrier, uint32_t
                              barrier, count);
 }
 
+// The cache leaves L2 before what calls write, partial results above all: these are overwritten by
+// the next call before they ever reach DRAM (scripts/TUNING.md).
+constexpr auto kCacheHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST);
+
+// 16 bytes of the cache to shared memory, or zeros. CUTLASS's cp_async_zfill() takes no hint.
+__device__ __forceinline__ void copy_chunk(void* target, void const* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                   cute::cast_smem_ptr_to_uint(target)),
+               "l"(source), "r"(exists ? 16 : 0), "l"(kCacheHint));
+}
+
 // A place in the ring of boxes and the parity of the lap it belongs to.
 template <int kRingBoxes>
 struct RingPosition {
@@ -98,8 +109,7 @@ struct TileByTma {
   __device__ void copy_group(SharedStorage& shared, uint64_t* full, int32_t slot, int32_t box,
                              int32_t group, TokenPlace const& place) const {
     auto copy = [&](CUtensorMap const* map, void* target, int32_t column) {
-      SM90_TMA_LOAD_3D::copy(map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-                             target, column, place.row, place.page);
+      SM90_TMA_LOAD_3D::copy(map, full, kCacheHint, target, column, place.row, place.page);
     };
     auto* const rows = &shared.ring[Boxes::begin(slot) + group * rows_per_copy * columns(box)];
     if constexpr (kIsFlashMla) {
@@ -156,8 +166,7 @@ struct TileByTma {
 #pragma unroll 1
       for (int32_t j = 0; j < boxes; j += boxes_per_copy) {
         SM90_TMA_LOAD_4D::copy(
-            is_kpe ? kpe_map : ckv_map, &shared.box_full[slot],
-            static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
+            is_kpe ? kpe_map : ckv_map, &shared.box_full[slot], kCacheHint,
             &shared.ring[Boxes::begin(slot + j) + group * rows_per_copy * columns(box)], 0,
             place.row, is_kpe ? 0 : box - 1 + j, place.page);
       }
@@ -266,17 +275,15 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
 #pragma unroll
         for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
           if (box == 0 && chunk >= Boxes::kKpeChunks) continue;
-          cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-              shared.ring + Boxes::begin(ring.after(box).index) +
-                  (box == 0 ? kpe_place : ckv_place),
-              box == 0 ? token_kpe : token_ckv + (box - 1) * Boxes::kColumns, token_exists);
+          copy_chunk(shared.ring + Boxes::begin(ring.after(box).index) +
+                         (box == 0 ? kpe_place : ckv_place),
+                     box == 0 ? token_kpe : token_ckv + (box - 1) * Boxes::kColumns, token_exists);
         }
         if constexpr (Traits::kKvCache == KvCache::kFp8FlashMla) {
           auto* const scales = shared.scales[ring.index / Boxes::kPerTile][token];
           if (chunk == 0) {
-            cutlass::arch::cp_async_zfill<kFlashMlaScaleBytes,
-                                          cutlass::arch::CacheOperation::Global>(
-                scales, token_ckv + kFlashMlaScaleOffset, token_exists);
+            static_assert(kFlashMlaScaleBytes == 16, "a chunk");
+            copy_chunk(scales, token_ckv + kFlashMlaScaleOffset, token_exists);
           }
         }
       }
