@@ -14,8 +14,8 @@ PAGE_SIZES = (1, 1, 2, 3, 5, 8, 16, 24, 32, 48, 64, 64, 64, 96, 100, 128, 256)
 BATCHES = (1, 1, 2, 2, 3, 4, 5, 7, 9, 16, 17, 33)
 LARGE_BATCHES = (64, 133, 200, 400)
 TOKEN_TILE = 64
-# Of 64 parts, each 2,056 bytes a row, these take 132 MB; with an e4m3 cache, where a row tile has
-# at least 32 rows, up to twice as much. The fuzzer's workspace has 512 MiB.
+# Of 64 parts, each 2,056 bytes a row, these take 132 MB, and more where row tiles are not full. The
+# fuzzer's workspace has 512 MiB.
 LARGEST_FIXED_SPLIT_ROWS = 1000
 SM_SCALES = (192**-0.5, 192**-0.5, 192**-0.5, 576**-0.5, 1.0, -0.1, 0.0, 30.0, 90.0)
 
