@@ -168,7 +168,7 @@ struct Fp8TileTraits {
   static constexpr int kQueryWarps = kMathWarps;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
-  static constexpr int kMathRegisters = 224;
+  static constexpr int kMathRegisters = 216;
   static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;
 
   static constexpr int kRowsPerThread = kRowTile / 4;

@@ -234,10 +234,15 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   using Boxes = typename Traits::Boxes;
   using Element = typename Boxes::Element;
   constexpr int32_t kTokensAtOnce = 32 / 8;
-  int32_t const lane = threadIdx.x % 32, chunk = lane % 8;
-  int32_t const first_token = threadIdx.x / 32 % 2 * 32;
+  int32_t lane = threadIdx.x % 32;
+  asm volatile(""
+               : "+r"(lane));  // not asked for again in each round, which takes as long as a copy
+  int32_t const chunk = lane % 8, first_token = threadIdx.x / 32 % 2 * 32;
   auto const* const ckv = static_cast<Element const*>(params.ckv) + chunk * Boxes::kChunk;
   auto const* const kpe = static_cast<Element const*>(params.kpe) + chunk * Boxes::kChunk;
+  int32_t const first_row = first_token + lane / 8;
+  int32_t const first_place = swizzled_chunk(first_row, chunk) / 8 * Boxes::kChunk;
+  int32_t const first_half_place = swizzled_half_chunk(first_row, chunk);
 
   SegmentWalk<Traits> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
@@ -256,22 +261,21 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
       int64_t const page = exists ? place.page : 0, row = exists ? place.row : 0;
       int64_t const ckv_offset = page * params.ckv_stride_page + row * params.ckv_stride_token;
       int64_t const kpe_offset = page * params.kpe_stride_page + row * params.kpe_stride_token;
+      uint32_t const existing = __ballot_sync(0xffffffff, exists);
 
       if (lane < Boxes::kPerTile && Traits::has_barrier(lane)) {
         auto const slot = ring.after(lane);
         Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
       }
       __syncwarp();
+      int32_t ckv_place = first_place, half_place = first_half_place;
 #pragma unroll 1
       for (int32_t i = 0; i < 32; i += kTokensAtOnce) {
         int32_t const owner = i + lane / 8;
+        bool const token_exists = existing >> owner & 1;
         Element const* const token_ckv = ckv + __shfl_sync(0xffffffff, ckv_offset, owner);
         Element const* const token_kpe = kpe + __shfl_sync(0xffffffff, kpe_offset, owner);
-        bool const token_exists = __shfl_sync(0xffffffff, exists, owner);
-        int32_t const token = first_token + owner;
-        int32_t const ckv_place = swizzled_chunk(token, chunk) / 8 * Boxes::kChunk;
-        int32_t const kpe_place =
-            Boxes::kKpeChunks == 8 ? ckv_place : swizzled_half_chunk(token, chunk);
+        int32_t const kpe_place = Boxes::kKpeChunks == 8 ? ckv_place : half_place;
 #pragma unroll
         for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
           if (box == 0 && chunk >= Boxes::kKpeChunks) continue;
@@ -280,12 +284,14 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
                      box == 0 ? token_kpe : token_ckv + (box - 1) * Boxes::kColumns, token_exists);
         }
         if constexpr (Traits::kKvCache == KvCache::kFp8FlashMla) {
-          auto* const scales = shared.scales[ring.index / Boxes::kPerTile][token];
-          if (chunk == 0) {
-            static_assert(kFlashMlaScaleBytes == 16, "a chunk");
-            copy_chunk(scales, token_ckv + kFlashMlaScaleOffset, token_exists);
-          }
+          static_assert(kFlashMlaScaleBytes == 16, "a chunk");
+          auto* const scales = shared.scales[ring.index / Boxes::kPerTile][first_row + i];
+          if (chunk == 0) copy_chunk(scales, token_ckv + kFlashMlaScaleOffset, token_exists);
         }
+        // Of the same chunk four rows on: the swizzle's pattern repeats after eight rows.
+        static_assert(kTokensAtOnce == 4);
+        ckv_place = (ckv_place ^ 4 * Boxes::kChunk) + kTokensAtOnce * Boxes::kColumns;
+        half_place = (half_place ^ 2 * 16) + kTokensAtOnce * 64;
       }
 #pragma unroll
       for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
