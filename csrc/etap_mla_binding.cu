@@ -84,7 +84,8 @@ struct WorkspacePlan {
 WorkspacePlan plan_workspace(int32_t num_ctas) { return {2 * int64_t(num_ctas), 0}; }
 
 // Of a batch-invariant call.
-WorkspacePlan plan_workspace(FixedSplitBound const& bound) {
+WorkspacePlan plan_workspace(FixedSplitBound const& bound, int32_t num_ctas) {
+  if (Traits::kFolds) return {int64_t(num_ctas) * count_fold_slots(bound.parts), 0};
   return {bound.slots(), bound.row_tiles};
 }
 
@@ -92,6 +93,7 @@ FixedSplitBound bound_call(int64_t total_queries, int64_t batch, int64_t num_hea
                            int64_t num_kv_indices, int64_t page_size, int64_t fixed_split_tiles) {
   int64_t const longest = (num_kv_indices * page_size + kTokenTile - 1) / kTokenTile;
   return bound_fixed_split(total_queries, batch, num_heads, kRowTile,
+                           Traits::kFolds ? kMostLeaves : kMostFixedParts,
                            std::clamp<int64_t>(longest, 1, kLongestFixedSplit),
                            std::min<int64_t>(fixed_split_tiles, kLongestFixedSplit));
 }
@@ -107,11 +109,13 @@ int64_t schedule_bytes(int64_t device) {
   return prepare_device(device) * int64_t(sizeof(KeptSchedule));
 }
 
-int64_t fixed_split_workspace_bytes(int64_t total_queries, int64_t batch, int64_t num_heads,
-                                    int64_t num_kv_indices, int64_t page_size,
+int64_t fixed_split_workspace_bytes(int64_t device, int64_t total_queries, int64_t batch,
+                                    int64_t num_heads, int64_t num_kv_indices, int64_t page_size,
                                     int64_t fixed_split_tiles) {
+  tvm::ffi::CUDADeviceGuard const guard(device);
   return plan_workspace(bound_call(total_queries, batch, num_heads, num_kv_indices, page_size,
-                                   fixed_split_tiles))
+                                   fixed_split_tiles),
+                        prepare_device(device))
       .total();
 }
 
@@ -212,7 +216,8 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
     bound = bound_call(q_nope.size(0), kv_len_arr.numel(), q_nope.size(1), kv_indices.numel(),
                        ckv.size(1), fixed_split_tiles);
   }
-  WorkspacePlan const plan = is_batch_invariant ? plan_workspace(bound) : plan_workspace(num_ctas);
+  WorkspacePlan const plan =
+      is_batch_invariant ? plan_workspace(bound, num_ctas) : plan_workspace(num_ctas);
   int32_t const page_size = ckv.size(1);
   int32_t const rows_per_copy = std::gcd(page_size, kTokenTile);
 
@@ -264,8 +269,9 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
   params.batch = kv_len_arr.numel();
   params.requests_per_thread = (params.batch + kThreads - 1) / kThreads;
   params.fixed_split_tiles = std::clamp<int64_t>(fixed_split_tiles, 0, kLongestFixedSplit);
-  params.most_row_tiles = std::min<int64_t>(bound.row_tiles, INT32_MAX);
+  params.most_row_tiles = Traits::kFolds ? 0 : std::min<int64_t>(bound.row_tiles, INT32_MAX);
   params.most_parts = bound.parts;
+  params.fold_slots = count_fold_slots(bound.parts);
   params.num_heads = q_nope.size(1);
   params.log_row_tiles_together =
       Traits::kPairsRowTiles && params.num_heads % 128 == 0 && !is_batch_invariant ? 1 : 0;
@@ -318,9 +324,11 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
   auto const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
   launch_dependent(etap_mla_kernel<Traits>, num_ctas, Traits::kCtaThreads,
                    sizeof(typename Traits::SharedStorage), stream, params, ckv_map, kpe_map);
-  if (is_batch_invariant) {
-    launch_dependent(etap_mla_merge_kernel<Traits>, kMergeCtasPerSm * num_ctas, kMergeThreads, 0,
-                     stream, params);
+  if constexpr (!Traits::kFolds) {
+    if (is_batch_invariant) {
+      launch_dependent(etap_mla_merge_kernel<Traits>, kMergeCtasPerSm * num_ctas, kMergeThreads, 0,
+                       stream, params);
+    }
   }
 }
 

@@ -35,7 +35,7 @@ class TokenScales {
   static_assert(kBoxes == 4, "the scales of a token are 16 bytes");
 
  public:
-  __device__ TokenScales(SharedStorage& shared, Fp8Thread const& thread)
+  __device__ TokenScales(SharedStorage& shared, MathThread const& thread)
       : shared_(shared), thread_(thread) {}
 
   __device__ void begin_segment() {
@@ -114,7 +114,7 @@ class TokenScales {
   }
 
   SharedStorage& shared_;
-  Fp8Thread const thread_;  // a copy: see Fp8MathWarpgroup
+  MathThread const thread_;  // a copy: see Fp8MathWarpgroup
   float scale_[kBoxes][2] = {};
   float reference_[kBoxes];
 };
@@ -130,7 +130,7 @@ class FlashMlaScores {
   static constexpr int kGroupsPerBox = kStepsPerBox / Traits::kGroupSteps;
 
  public:
-  __device__ FlashMlaScores(Params const& params, SharedStorage& shared, Fp8Thread const& thread)
+  __device__ FlashMlaScores(Params const& params, SharedStorage& shared, MathThread const& thread)
       : params_(params), shared_(shared), thread_(thread), scales_(shared, thread) {}
 
   __device__ float& operator()(int32_t i, int32_t half) { return scores_(i, half); }
@@ -247,7 +247,7 @@ class FlashMlaScores {
 
   Params const& params_;
   SharedStorage& shared_;
-  Fp8Thread const thread_;  // a copy: see Fp8MathWarpgroup
+  MathThread const thread_;  // a copy: see Fp8MathWarpgroup
   TokenScales<Traits> scales_;
   TileScores<Traits> scores_;
   Accumulator products_[2];

@@ -25,9 +25,9 @@
 #include "etap_mla_fp8_output.cuh"
 #include "etap_mla_fp8_queries.cuh"
 #include "etap_mla_fp8_scores.cuh"
-#include "etap_mla_fp8_thread.cuh"
 #include "etap_mla_fp8_traits.cuh"
 #include "etap_mla_loader.cuh"
+#include "etap_mla_math_thread.cuh"
 #include "etap_mla_output.cuh"
 
 namespace etap {
@@ -386,7 +386,7 @@ class Fp8MathWarpgroup {
   SharedStorage& shared_;
   // Parts of this object have copies of it: a pointer into the object would keep all of it, the
   // accumulators too, in memory.
-  Fp8Thread const thread_;
+  MathThread const thread_;
   Scores scores_;  // of this warpgroup's tile
 
   RingPosition ring_;            // box 0 of the pair

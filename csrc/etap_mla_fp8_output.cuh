@@ -2,11 +2,11 @@
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
  * From accumulators over a cache of fp8 to memory. A warpgroup has 64 columns of each box; a lane
- * two neighbouring ones, 16 warp + 2 (lane / 4) and the next, of the rows that Fp8Thread gives it.
+ * two neighbouring ones, 16 warp + 2 (lane / 4) and the next, of the rows that MathThread gives it.
  */
 #pragma once
 
-#include "etap_mla_fp8_thread.cuh"
+#include "etap_mla_math_thread.cuh"
 #include "etap_mla_output.cuh"
 
 namespace etap {
@@ -15,8 +15,8 @@ namespace etap {
 // l of a row.
 template <class Traits, typename OfBox, typename Scale, typename TotalSum>
 __device__ __forceinline__ void write_fp8_output(Params const& params, Segment const& segment,
-                                                 Fp8Thread const& thread, OfBox of_box, Scale scale,
-                                                 TotalSum total_sum) {
+                                                 MathThread const& thread, OfBox of_box,
+                                                 Scale scale, TotalSum total_sum) {
   using DType = typename Traits::DType;
 #pragma unroll
   for (int32_t i = 0; i < Traits::kRowsPerThread; ++i) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void write_fp8_output(Params const& params, Segment c
 // (lane / 4) and the next: of its pairs of rows each goes to another lane's place.
 template <class Traits, typename OfBox, typename Scale>
 __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t slot,
-                                                  Fp8Thread const& thread, OfBox of_box,
+                                                  MathThread const& thread, OfBox of_box,
                                                   Scale scale) {
   int32_t const lane = thread.fresh_lane();
   int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void write_fp8_statistics(Params const& params, Segme
 // threads, each with the accumulators of its own columns.
 template <class Traits, typename OfBox, typename Scale, typename Reference, typename TotalSum>
 __device__ __forceinline__ void write_fp8_segment(Params const& params, Segment const& segment,
-                                                  Fp8Thread const& thread, OfBox of_box,
+                                                  MathThread const& thread, OfBox of_box,
                                                   Scale scale, Reference reference,
                                                   TotalSum total_sum) {
   if (segment.is_whole()) {

@@ -8,9 +8,9 @@
 #include <cute/arch/copy_sm75.hpp>
 
 #include "etap_mla_fp8_operands.cuh"
-#include "etap_mla_fp8_thread.cuh"
 #include "etap_mla_fp8_traits.cuh"
 #include "etap_mla_loader.cuh"
+#include "etap_mla_math_thread.cuh"
 
 namespace etap {
 
@@ -32,7 +32,7 @@ struct TileScores {
   }
 
   // To units of log2, by a factor for each row.
-  __device__ void scale(float const (&row_scale)[Traits::kRowTile], Fp8Thread const& thread) {
+  __device__ void scale(float const (&row_scale)[Traits::kRowTile], MathThread const& thread) {
 #pragma unroll
     for (int32_t i = 0; i < Traits::kRowsPerThread; i += 2) {
       auto const factor = *reinterpret_cast<float2 const*>(&row_scale[thread.row(i)]);
@@ -46,7 +46,7 @@ struct TileScores {
 
   // -inf where a row does not see a token.
   __device__ void mask(Params const& params, Segment const& segment, int32_t tile,
-                       Fp8Thread const& thread) {
+                       MathThread const& thread) {
     if (tile < segment.masked_tile_begin) return;
     Request const& request = segment.request;
     int32_t const token = tile * kTokenTile + thread.token();
@@ -86,7 +86,7 @@ class Fp8Scores {
   static constexpr bool kHasKpeScores = Traits::kRowTile <= 32;
 
  public:
-  __device__ Fp8Scores(Params const& params, SharedStorage& shared, Fp8Thread const& thread)
+  __device__ Fp8Scores(Params const& params, SharedStorage& shared, MathThread const& thread)
       : params_(params), shared_(shared), thread_(thread) {}
 
   __device__ float& operator()(int32_t i, int32_t half) { return scores_(i, half); }
@@ -153,7 +153,7 @@ class Fp8Scores {
 
   Params const& params_;
   SharedStorage& shared_;
-  Fp8Thread const thread_;  // a copy: see Fp8MathWarpgroup
+  MathThread const thread_;  // a copy: see Fp8MathWarpgroup
   TileScores<Traits> scores_;
   Accumulator kpe_scores_;  // unless there are 64 rows
 };

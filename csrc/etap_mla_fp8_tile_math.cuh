@@ -27,8 +27,8 @@
 #include "etap_mla_fp8_output.cuh"
 #include "etap_mla_fp8_queries.cuh"
 #include "etap_mla_fp8_scores.cuh"
-#include "etap_mla_fp8_thread.cuh"
 #include "etap_mla_fp8_tile_sums.cuh"
+#include "etap_mla_math_thread.cuh"
 
 namespace etap {
 
@@ -386,7 +386,7 @@ class Fp8TileMathWarpgroup {
 
   Params const& params_;
   SharedStorage& shared_;
-  Fp8Thread const thread_;
+  MathThread const thread_;
 
   RingPosition ring_;            // box 0 of the tile
   int32_t tile_;                 // of the request

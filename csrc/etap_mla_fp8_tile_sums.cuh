@@ -8,7 +8,7 @@
 #pragma once
 
 #include "etap_mla_fp8_scores.cuh"
-#include "etap_mla_fp8_thread.cuh"
+#include "etap_mla_math_thread.cuh"
 #include "etap_mla_output.cuh"
 
 namespace etap {
@@ -49,7 +49,8 @@ struct TileSums {
   // --- End of a segment -------------------------------------------------------------------------
 
   // Reference and sums for both warpgroups.
-  __device__ __forceinline__ void share_statistics(SharedStorage& shared, Fp8Thread const& thread) {
+  __device__ __forceinline__ void share_statistics(SharedStorage& shared,
+                                                   MathThread const& thread) {
     thread.reduce_over_warp(
         row_sum, [](float a, float b) { return a + b; },
         [&](int32_t row, float sum) { shared.warp_sum[thread.warpgroup][row][thread.warp] = sum; });
@@ -61,7 +62,7 @@ struct TileSums {
   }
 
   // The other warpgroup's half, in place of the codes of ckv of a tile that was read.
-  __device__ __forceinline__ void give_half(uint8_t* codes, Fp8Thread const& thread) const {
+  __device__ __forceinline__ void give_half(uint8_t* codes, MathThread const& thread) const {
 #pragma unroll
     for (int32_t box = 0; box < Boxes::kCkv; ++box) {
       float4* const target = place(codes, box, thread);
@@ -77,7 +78,7 @@ struct TileSums {
 
   // Adds what the other one gave, once its statistics are shared, too.
   __device__ __forceinline__ void take_half(uint8_t* codes, SharedStorage const& shared,
-                                            Fp8Thread const& thread) {
+                                            MathThread const& thread) {
     float own_factor[kRows], other_factor[kRows];
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) {
@@ -130,7 +131,7 @@ struct TileSums {
   }
 
   // A float4 of each thread for every 8 rows of the 64 columns of a box that change hands.
-  __device__ static float4* place(uint8_t* codes, int32_t box, Fp8Thread const& thread) {
+  __device__ static float4* place(uint8_t* codes, int32_t box, MathThread const& thread) {
     return reinterpret_cast<float4*>(codes + box * Boxes::kElements) + thread.thread;
   }
 };

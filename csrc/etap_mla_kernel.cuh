@@ -9,7 +9,7 @@
  *   math warpgroups   each token tile: S^T = K Q^T;  P^T = softmax;  O^T += V^T P^T
  *                     end of segment:  O^T / l transposed -> out, or O^T, m, l in fp32 ->
  *                                      workspace if other CTAs share the row tile
- *                     at last:         with those CTAs, join the parts (etap_mla_merge.cuh)
+ *                     at last:         with those CTAs, join the parts (etap_mla_merge_at_end.cuh)
  *
  * The math differs: etap_mla_math.cuh up to 32 rows, etap_mla_rows_math.cuh for 64, which fill M
  * themselves (S = Q K^T, O = P V) and have a fourth warpgroup for S and P, etap_mla_fp8_math.cuh
@@ -21,9 +21,10 @@
 
 #include "etap_mla_fp8_math.cuh"
 #include "etap_mla_fp8_tile_math.cuh"
+#include "etap_mla_kept_schedule.cuh"
 #include "etap_mla_loader.cuh"
 #include "etap_mla_math.cuh"
-#include "etap_mla_merge.cuh"
+#include "etap_mla_merge_at_end.cuh"
 #include "etap_mla_rows_math.cuh"
 
 namespace etap {
@@ -34,7 +35,7 @@ template <class Traits>
 __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   constexpr int32_t kRing = Traits::kRingBoxes;
   constexpr int32_t kBoxProducers = Traits::kKvLoader == KvLoader::kTma ? 1 : kGatherThreads;
-  static_assert(2 * kRing + 2 <= 64);
+  static_assert(2 * kRing + 4 <= 64);
   int32_t const i = int32_t(threadIdx.x) - (kThreads - 64);
   if (i < 0) return;
   if (i < kRing) {
@@ -46,7 +47,25 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   } else if (i == 2 * kRing + 1) {
     Barrier::init(&shared.query_empty, Traits::kQueryWarps);
   }
+  if constexpr (Traits::kCtaThreads > kThreads) {
+    if (i == 2 * kRing + 2) Barrier::init(&shared.probability_full, kWarpgroupThreads);
+    if (i == 2 * kRing + 3) Barrier::init(&shared.probability_empty, kMathThreads);
+  }
   cutlass::arch::fence_barrier_init();
+}
+
+template <class Traits>
+__device__ __forceinline__ void run_math(Params const& params,
+                                         typename Traits::SharedStorage& shared) {
+  if constexpr (kMultipliesCodes<Traits::kKvCache, Traits::kRowTile>) {
+    Fp8TileMathWarpgroup<Traits>(params, shared).run();
+  } else if constexpr (Traits::kKvCache != KvCache::kSame) {
+    Fp8MathWarpgroup<Traits>(params, shared).run();
+  } else if constexpr (Traits::kRowTile == 64) {
+    ValueWarpgroup<Traits>(params, shared).run();
+  } else {
+    MathWarpgroup<Traits>(params, shared).run();
+  }
 }
 
 template <class Traits>
@@ -74,7 +93,7 @@ __global__ void __launch_bounds__(Traits::kCtaThreads, 1)
   // The next kernel's CTAs may take their places as ours leave; they wait for our results.
   cudaTriggerProgrammaticLaunchCompletion();
   GuessedPage const guessed(params, page_index);
-  schedule_cta<Traits>(params, shared);
+  bool const is_same_schedule = schedule_cta<Traits>(params, shared);
   if (!work.has_segment) return;
 
   if (threadIdx.x >= kThreads) {
@@ -86,7 +105,7 @@ __global__ void __launch_bounds__(Traits::kCtaThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     int32_t const warp = threadIdx.x / 32 % 4;
     if (warp >= 2) {
-      load_queries<Traits>(params, shared, work);
+      load_queries<Traits>(params, shared, work, is_same_schedule);
     } else if constexpr (Traits::kKvLoader == KvLoader::kGather) {
       load_cache_by_gather<Traits>(params, shared, work, guessed);
     } else {
@@ -94,16 +113,8 @@ __global__ void __launch_bounds__(Traits::kCtaThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kMathRegisters>();
-    if constexpr (kMultipliesCodes<Traits::kKvCache, Traits::kRowTile>) {
-      Fp8TileMathWarpgroup<Traits>(params, shared).run();
-    } else if constexpr (Traits::kKvCache != KvCache::kSame) {
-      Fp8MathWarpgroup<Traits>(params, shared).run();
-    } else if constexpr (Traits::kRowTile == 64) {
-      ValueWarpgroup<Traits>(params, shared).run();
-    } else {
-      MathWarpgroup<Traits>(params, shared).run();
-    }
-    if (params.fixed_split_tiles == 0) merge_split_row_tiles<Traits>(params, shared);
+    run_math<Traits>(params, shared);
+    merge_split_row_tiles<Traits>(params, shared);
   }
 }
 

@@ -10,7 +10,7 @@
 #include <cuda/ptx>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "etap_mla_schedule.cuh"
+#include "etap_mla_fold_pieces.cuh"
 
 namespace etap {
 
@@ -310,7 +310,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
 // and what the merge has to know of it.
 template <class Traits>
 __device__ void load_queries(Params const& params, typename Traits::SharedStorage& shared,
-                             CtaWork const& work) {
+                             CtaWork const& work, bool has_fold_lists) {
   using DType = typename Traits::DType;
   constexpr int kRowsPerPass = kQueryLoadThreads / 8;
   int32_t const thread = threadIdx.x % kQueryLoadThreads;
@@ -349,6 +349,12 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     cutlass::arch::fence_view_async_shared();
     Barrier::arrive(&shared.query_full);
     if (!has_segment) break;
+    if constexpr (Traits::kFolds) {
+      // The merge sees this behind the barrier of the next segment, or of the end.
+      if (folds<Traits>(params) && !has_fold_lists && thread < 32) {
+        list_pieces<Traits>(params, shared, segment);
+      }
+    }
     has_segment = walk.next();
   }
 }

@@ -9,15 +9,13 @@
  * take a unit each or, with warps to spare, share the parts of a unit, each with an M of its own
  * until the shares are added; with more units than warps, a warp takes a box of four side by side.
  *
- * The CTAs that have the parts do it at the end of the attention kernel, each a share of the units;
- * in batch-invariant calls, where a CTA has parts of any row tiles, a kernel of its own does
- * (etap_mla_merge_kernel.cuh). In batch-invariant calls the number of shares, and so the order of
+ * The CTAs that have the parts do it at the end of the attention kernel, each a share of the units
+ * (etap_mla_merge_at_end.cuh). In batch-invariant calls, where a CTA has parts of any row tiles, a
+ * kernel of its own does (etap_mla_merge_kernel.cuh), and the number of shares, and so the order of
  * all sums, depends on the number of parts alone; where there are more warps than shares, some have
- * nothing to do.
+ * nothing to do. Kernels that fold join in yet another order (etap_mla_fold_merge.cuh).
  */
 #pragma once
-
-#include <cuda/atomic>
 
 #include "etap_mla_output.cuh"
 
@@ -74,19 +72,109 @@ struct JoinedParts {
   }
 };
 
+// What both merges have in common, this one and that of folded calls. Units are numbered block of 8
+// rows, box of d_v, warp.
 template <class Traits>
-class Merge {
+class MergeOfUnits {
+ protected:
   using DType = typename Traits::DType;
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kUnitsPerBlock = kCkvBoxes * 4;  // of 8 rows: boxes x warps of a warpgroup
-  static constexpr int kPartsInFlight = 8;
+
+ public:
+  static constexpr int kUnitsPerRowTile = kRowBlocks * kUnitsPerBlock;
   static constexpr int kUnitsOfBox = 4;  // side by side: 64 columns
+
+ protected:
+  // For CTA `rank` of `count` that share the units.
+  __device__ MergeOfUnits(Params const& params, int32_t rank, int32_t count)
+      : params_(params), rank_(rank), count_(count) {}
+
+  template <int kUnits>
+  __device__ void load_part(JoinedParts<kUnits>& part, int32_t slot, int32_t index,
+                            int32_t row) const {
+    float const* const source = params_.partial_out + slot * (kHeadDimCkv * kRowTile) + index;
+#pragma unroll
+    for (int32_t unit = 0; unit < kUnits; ++unit) {
+      part.sum[unit] = __ldcg(reinterpret_cast<float4 const*>(source + unit * 32 * 4));
+    }
+    float4 const ml =
+        __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row));
+    part.max = {ml.x, ml.z};
+    part.total = {ml.y, ml.w};
+  }
+
+  __device__ void write_unit(JoinedParts<1> const& joined, MergeDescriptor const& descriptor,
+                             int32_t unit) {
+    int32_t const row_block = unit / kUnitsPerBlock;
+    int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
+    uint2 const words = transpose_fragment<DType>(fragment(joined, 0), normalizer(joined.total.x),
+                                                  normalizer(joined.total.y));
+    int32_t const row = row_block * 8 + lane_ / 4;
+    if (row < descriptor.num_rows) {
+      DType* const out = output_row<DType>(params_, descriptor.packed_row + row) +
+                         box * kBoxColumns + fragment_warp * 16 + 2 * (lane_ % 4);
+      *reinterpret_cast<uint32_t*>(out) = words.x;
+      *reinterpret_cast<uint32_t*>(out + 8) = words.y;
+    }
+    if (box == 0 && fragment_warp == 0) write_lse(joined, descriptor, row_block);
+  }
+
+  __device__ void write_box(JoinedParts<kUnitsOfBox> const& joined,
+                            MergeDescriptor const& descriptor, int32_t row_block, int32_t box) {
+    int32_t const row = row_block * 8 + lane_ / 4;
+    bool const exists = row < descriptor.num_rows;
+    DType* const out = output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0)) +
+                       box * kBoxColumns + lane_ % 4 * 8;
+    float const scale_0 = normalizer(joined.total.x), scale_1 = normalizer(joined.total.y);
+#pragma unroll
+    for (int32_t unit = 0; unit < kUnitsOfBox; unit += 2) {
+      write_fragments<DType>(fragment(joined, unit), fragment(joined, unit + 1), scale_0, scale_1,
+                             out + unit * 16, exists);
+    }
+    if (box == 0) write_lse(joined, descriptor, row_block);
+  }
+
+  template <int kUnits>
+  __device__ static OutputFragment fragment(JoinedParts<kUnits> const& joined, int32_t unit) {
+    float4 const sum = joined.sum[unit];
+    return {{sum.x, sum.y, sum.z, sum.w}};
+  }
+
+  template <int kUnits>
+  __device__ void write_lse(JoinedParts<kUnits> const& joined, MergeDescriptor const& descriptor,
+                            int32_t row_block) const {
+    if (lane_ >= 4 || params_.lse == nullptr) return;
+    int32_t const row = row_block * 8 + 2 * lane_;
+    float* const lse = params_.lse + descriptor.packed_row + row;
+    if (row < descriptor.num_rows) lse[0] = log_sum_exp(params_, joined.max.x, joined.total.x);
+    if (row + 1 < descriptor.num_rows) {
+      lse[1] = log_sum_exp(params_, joined.max.y, joined.total.y);
+    }
+  }
+
+  __device__ static void sync() { cutlass::arch::NamedBarrier::sync(kMergeThreads, kMathBarrier); }
+
+  Params const& params_;
+  int32_t const rank_, count_;
+  int32_t const warp_ = threadIdx.x / 32;
+  int32_t const lane_ = threadIdx.x % 32;
+};
+
+template <class Traits>
+class Merge : MergeOfUnits<Traits> {
+  using Base = MergeOfUnits<Traits>;
+  using Base::count_, Base::fragment, Base::kRowTile, Base::kUnitsPerBlock, Base::lane_,
+      Base::kUnitsOfBox, Base::load_part, Base::params_, Base::rank_, Base::sync, Base::warp_,
+      Base::write_box, Base::write_unit;
+  using typename Base::DType;
+  static constexpr int kPartsInFlight = 8;
   static constexpr int kPartsInFlightOfBox = 4;
   static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
 
  public:
-  static constexpr int kUnitsPerRowTile = kRowBlocks * kUnitsPerBlock;
+  using Base::kUnitsPerRowTile;
 
   struct SharedStorage {
     JoinedParts<1> shares[kMergeWarps][32];
@@ -94,7 +182,7 @@ class Merge {
 
   // For CTA `rank` of `count` that share the units.
   __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count)
-      : params_(params), shared_(shared), rank_(rank), count_(count) {}
+      : Base(params, rank, count), shared_(shared) {}
 
   // Of one row tile, by the CTAs that have its parts.
   __device__ void join_row_tile(SplitRowTile const& split) {
@@ -126,8 +214,8 @@ class Merge {
  private:
   __device__ bool is_batch_invariant() const { return params_.fixed_split_tiles > 0; }
 
-  // Units are numbered block of 8 rows, box of d_v, warp. Warp w of the CTA works on the parts w >>
-  // log_units, + num_shares, ... of its unit, if there are so many shares.
+  // Warp w of the CTA works on the parts w >> log_units, + num_shares, ... of its unit, if there
+  // are so many shares.
   __device__ void join(SplitRowTile const& split, int32_t unit, int32_t log_units) {
     int32_t const share = warp_ >> log_units;
     int32_t const row_block = unit / kUnitsPerBlock;
@@ -147,18 +235,7 @@ class Merge {
     }
     bool const has_other_warps = log_units < 3;
     if (has_other_warps) add_shares(joined, share, num_shares, log_units);
-    if (share == 0) {
-      uint2 const words = transpose_fragment<DType>(fragment(joined, 0), normalizer(joined.total.x),
-                                                    normalizer(joined.total.y));
-      int32_t const row = row_block * 8 + lane_ / 4;
-      if (row < descriptor.num_rows) {
-        DType* const out = output_row<DType>(params_, descriptor.packed_row + row) +
-                           box * kBoxColumns + fragment_warp * 16 + 2 * (lane_ % 4);
-        *reinterpret_cast<uint32_t*>(out) = words.x;
-        *reinterpret_cast<uint32_t*>(out + 8) = words.y;
-      }
-      if (box == 0 && fragment_warp == 0) write_lse(joined, descriptor, row_block);
-    }
+    if (share == 0) write_unit(joined, descriptor, unit);
     if (has_other_warps) sync();  // the next units use the same shared memory
   }
 
@@ -173,17 +250,7 @@ class Merge {
                                       partial_index<kRowTile>(0, box, row_block, 0, lane_),
                                       row_block * 8 + 2 * (lane_ % 4));
     }
-    int32_t const row = row_block * 8 + lane_ / 4;
-    bool const exists = row < descriptor.num_rows;
-    DType* const out = output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0)) +
-                       box * kBoxColumns + lane_ % 4 * 8;
-    float const scale_0 = normalizer(joined.total.x), scale_1 = normalizer(joined.total.y);
-#pragma unroll
-    for (int32_t unit = 0; unit < kUnitsOfBox; unit += 2) {
-      write_fragments<DType>(fragment(joined, unit), fragment(joined, unit + 1), scale_0, scale_1,
-                             out + unit * 16, exists);
-    }
-    if (box == 0) write_lse(joined, descriptor, row_block);
+    write_box(joined, descriptor, row_block, box);
   }
 
   // The parts' slots. Of a row tile that begins in CTA `number`, the beginning lies in that CTA's
@@ -211,16 +278,7 @@ class Merge {
       parts[i] = JoinedParts<kUnits>::none();
       int32_t const part = first_part + i * stride;
       if (part >= num_parts) continue;
-      int32_t const slot = slots[part];
-      float const* const source = params_.partial_out + slot * (kHeadDimCkv * kRowTile) + index;
-#pragma unroll
-      for (int32_t unit = 0; unit < kUnits; ++unit) {
-        parts[i].sum[unit] = __ldcg(reinterpret_cast<float4 const*>(source + unit * 32 * 4));
-      }
-      float4 const ml =
-          __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row));
-      parts[i].max = {ml.x, ml.z};
-      parts[i].total = {ml.y, ml.w};
+      load_part(parts[i], slots[part], index, row);
     }
     float2 new_max = joined.max;
 #pragma unroll
@@ -244,90 +302,7 @@ class Merge {
     }
   }
 
-  template <int kUnits>
-  __device__ static OutputFragment fragment(JoinedParts<kUnits> const& joined, int32_t unit) {
-    float4 const sum = joined.sum[unit];
-    return {{sum.x, sum.y, sum.z, sum.w}};
-  }
-
-  template <int kUnits>
-  __device__ void write_lse(JoinedParts<kUnits> const& joined, MergeDescriptor const& descriptor,
-                            int32_t row_block) const {
-    if (lane_ >= 4 || params_.lse == nullptr) return;
-    int32_t const row = row_block * 8 + 2 * lane_;
-    float* const lse = params_.lse + descriptor.packed_row + row;
-    if (row < descriptor.num_rows) lse[0] = log_sum_exp(params_, joined.max.x, joined.total.x);
-    if (row + 1 < descriptor.num_rows) {
-      lse[1] = log_sum_exp(params_, joined.max.y, joined.total.y);
-    }
-  }
-
-  __device__ static void sync() { cutlass::arch::NamedBarrier::sync(kMergeThreads, kMathBarrier); }
-
-  Params const& params_;
   SharedStorage& shared_;
-  int32_t const rank_, count_;
-  int32_t const warp_ = threadIdx.x / 32;
-  int32_t const lane_ = threadIdx.x % 32;
 };
-
-// CTAs that came to a merge, in the lower half of a word; in the upper half, those that left before
-// all had come.
-constexpr uint32_t kArrived = 0xffff;
-constexpr uint32_t kOneLeft = kArrived + 1;
-constexpr int64_t kPatience = 2'000'000;  // in cycles: 1 ms
-
-// Comes to the merge of a row tile, and waits for the other CTAs that share it; returns whose
-// shares this one does. All CTAs of a grid run at the same time, unless other kernels have some of
-// the SMs; so nobody waits for ever. If a CTA gave up, the last one to come does the shares of all;
-// then nobody can give up any more.
-__device__ __forceinline__ MergeShares wait_for_parts(uint32_t& arrivals,
-                                                      SplitRowTile const& split) {
-  uint32_t const num_parts = split.descriptor.num_parts;
-  int64_t const begin = clock64();
-  cuda::atomic_ref<uint32_t, cuda::thread_scope_device> const counter(arrivals);
-  uint32_t state = counter.fetch_add(1, cuda::memory_order_acq_rel) + 1;
-  bool const is_last = (state & kArrived) == num_parts;
-  while ((state & kArrived) != num_parts) {
-    state = counter.load(cuda::memory_order_acquire);
-    if ((state & kArrived) == num_parts || clock64() - begin < kPatience) continue;
-    // Not the counter's own, which would put `state` on the stack.
-    if (atomicCAS(&arrivals, state, state + kOneLeft) == state) return {0, 0};
-  }
-  if (state < kOneLeft) return {split.part, split.part + 1};
-  return {0, is_last ? int32_t(num_parts) : 0};
-}
-
-// A CTA's math threads join the row tiles that it shares with others: some units each, once all
-// parts are there.
-template <class Traits>
-__device__ void merge_split_row_tiles(Params const& params,
-                                      typename Traits::SharedStorage& shared) {
-  MergeWork& merge = shared.merge;
-  auto const num_parts = [&merge](int32_t i) {
-    return merge.split_row_tiles[i].descriptor.num_parts;
-  };
-  auto const sync = [] { cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier); };
-  if (num_parts(0) == 0 && num_parts(1) == 0) return;
-  sync();  // all have written their parts, and the ring is free
-  // By a warp each, for every trip to memory counts.
-  int32_t const warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0 && warp < 2 && num_parts(warp) > 0) {
-    SplitRowTile const& split = merge.split_row_tiles[warp];
-    KeptSchedule& kept = params.kept_schedules[split.number];
-    merge.shares[warp] = wait_for_parts(kept.arrivals[merge.call % 2], split);
-  }
-  sync();
-  auto& scratch = *reinterpret_cast<typename Merge<Traits>::SharedStorage*>(shared.ring);
-#pragma unroll 1
-  for (int32_t i = 0; i < 2; ++i) {
-    if (num_parts(i) == 0) continue;
-#pragma unroll 1
-    for (int32_t share = merge.shares[i].first; share < merge.shares[i].end; ++share) {
-      Merge<Traits>(params, scratch, share, num_parts(i)).join_row_tile(merge.split_row_tiles[i]);
-      sync();  // the scratch is used again
-    }
-  }
-}
 
 }  // namespace etap

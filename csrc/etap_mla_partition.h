@@ -137,8 +137,9 @@ ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles
   return merge_work < (spare_tiles + 1) * num_ctas ? aligned : even;
 }
 
-// Batch-invariant calls cut a row tile at places that depend on its own length alone. A CTA does
-// the parts that begin in its range of the line, and all of each.
+// Batch-invariant calls of kernels that do not fold (etap_mla_fold_tree.h) cut a row tile at places
+// that depend on its own length alone. A CTA does the parts that begin in its range of the line,
+// and all of each.
 
 // Parts of a row tile, at most: as many as the warps of a CTA of the merge kernel load at once.
 constexpr int32_t kMostFixedParts = 64;
@@ -183,15 +184,17 @@ struct FixedSplitBound {
 };
 
 // `longest_row_tile`: tiles of a request that has all the pages there are.
+// `most_parts`: of a row tile, as these are cut.
 ETAP_HOST_DEVICE FixedSplitBound bound_fixed_split(int64_t total_queries, int64_t batch,
                                                    int32_t num_heads, int32_t row_tile,
-                                                   int64_t longest_row_tile, int32_t split_tiles) {
+                                                   int32_t most_parts, int64_t longest_row_tile,
+                                                   int32_t split_tiles) {
   // Each query, and each request, leaves at most one row tile incomplete.
   int64_t const by_query = total_queries * ((num_heads + row_tile - 1) / row_tile);
   int64_t const by_request = total_queries * num_heads / row_tile + batch;
   int64_t const parts = (longest_row_tile + split_tiles - 1) / split_tiles;
   return {by_query < by_request ? by_query : by_request,
-          int32_t(parts < kMostFixedParts ? parts : kMostFixedParts)};
+          int32_t(parts < most_parts ? parts : most_parts)};
 }
 
 }  // namespace etap

@@ -23,6 +23,7 @@ struct RowsMlaTraits {
   static constexpr int kEmptyPlaces = 4;        // as in EtapMlaTraits
   static constexpr bool kGuessesPages = false;  // slower: the first tile waits for Q anyway
   static constexpr bool kPairsRowTiles = true;
+  static constexpr bool kFolds = false;  // accumulators leave no registers for it
 
   // Beside the warpgroups of every kernel, of which the math ones have the values, there is one
   // that makes the scores.
@@ -85,6 +86,7 @@ struct RowsMlaTraits {
     ScheduleScratch schedule;
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
     uint64_t query_full, query_empty;
+    uint64_t probability_full, probability_empty;  // with factor and row_sum
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
     MergeWork merge;

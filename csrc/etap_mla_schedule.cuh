@@ -11,7 +11,6 @@
  */
 #pragma once
 
-#include "etap_mla_partition.h"
 #include "etap_mla_traits.cuh"
 
 namespace etap {
@@ -220,7 +219,7 @@ class SegmentWalk {
   // The work, of which position and request are known, with its first segment.
   __device__ static CtaWork begin(Params const& params, CtaWork const& unwalked) {
     SegmentWalk walk(params, unwalked);
-    if (params.fixed_split_tiles > 0) walk.skip_part_begun_before();
+    if (params.fixed_split_tiles > 0) walk.skip_what_began_before();
     CtaWork work = unwalked;
     work.has_segment = walk.next();
     work.position = walk.position_;
@@ -262,7 +261,14 @@ class SegmentWalk {
     segment.tile_end = tile + (work_.end - position_);
     if (segment.tile_end <= 0) return false;  // the range ends before the row tile's first tile
     segment.slot = 2 * worker.cta() + (segment.tile_begin == 0 ? 1 : 0);
-    if (params_.fixed_split_tiles > 0) {
+    if (folds<Traits>(params_)) {
+      FoldTree const tree = make_fold_tree(tiles, params_.fixed_split_tiles);
+      segment.tile_end =
+          tree.begin(leaves_before_cut(tree, segment.tile_end, work_.granule_leaves));
+      // The first slot of a beginning is left to the leading blocks.
+      segment.slot = worker.cta() * params_.fold_slots +
+                     (segment.tile_begin == 0 ? params_.fold_slots - kFoldSlotsOfBeginning + 1 : 0);
+    } else if (params_.fixed_split_tiles > 0) {
       FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
       // Index tensors that are wrong may have more.
       if (row_tile_number() >= params_.most_row_tiles) return false;
@@ -282,7 +288,7 @@ class SegmentWalk {
   __device__ void describe_split(SplitRowTile (&split_row_tiles)[2]) const {
     MergeDescriptor descriptor = {0, segment.num_rows, segment.packed_row};
     int32_t const tiles = count_token_tiles(segment.request);
-    if (params_.fixed_split_tiles > 0) {
+    if (params_.fixed_split_tiles > 0 && !Traits::kFolds) {
       if (!segment.begins_row_tile) return;
       int32_t const num_parts = make_fixed_split(tiles, params_.fixed_split_tiles).num_parts();
       descriptor.num_parts = num_parts > 1 ? num_parts : 0;
@@ -290,23 +296,38 @@ class SegmentWalk {
     } else if (!segment.is_whole()) {
       Worker<Traits> const worker(params_);
       int32_t const row_tile_begin = position_ - segment.tile_end;
-      int32_t const last = work_.partition.cta_of(row_tile_begin + tiles - 1);
+      int32_t const last = work_.partition.cta_of(row_tile_begin + begin_of_last_cut(tiles));
       int32_t const first =
           segment.begins_row_tile ? worker.index : work_.partition.cta_of(row_tile_begin);
       int32_t const part = worker.index - first;
       descriptor.num_parts = min(last, worker.count - 1) - first + 1;
-      split_row_tiles[segment.begins_row_tile] = {descriptor, worker.cta() - part, part};
+      split_row_tiles[segment.begins_row_tile] = {descriptor, worker.cta() - part, part,
+                                                  row_tile_begin, tiles};
     }
   }
 
  private:
-  // A part that begins in an earlier CTA's range is that CTA's.
-  __device__ void skip_part_begun_before() {
+  // Of a batch-invariant call: a part (leaf, block) that begins in an earlier CTA's range is that
+  // CTA's.
+  __device__ void skip_what_began_before() {
     int32_t const tiles = count_token_tiles(segment.request);
     int32_t const offset = position_ - request_begin_;
     int32_t const tile = offset - divide(offset, tiles) * tiles;
-    FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
-    position_ += split.begin(split.first_part_from(tile)) - tile;
+    if constexpr (Traits::kFolds) {
+      FoldTree const tree = make_fold_tree(tiles, params_.fixed_split_tiles);
+      position_ += tree.begin(leaves_before_cut(tree, tile, work_.granule_leaves)) - tile;
+    } else {
+      FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
+      position_ += split.begin(split.first_part_from(tile)) - tile;
+    }
+  }
+
+  // The last tile of a row tile, or of those that begin a leaf or block, where CTAs can be cut.
+  __device__ int32_t begin_of_last_cut(int32_t tiles) const {
+    if (!folds<Traits>(params_)) return tiles - 1;
+    FoldTree const tree = make_fold_tree(tiles, params_.fixed_split_tiles);
+    int32_t const last_leaf = tree.num_leaves() - 1;
+    return tree.begin(last_leaf - last_leaf % work_.granule_leaves);
   }
 
   // Of the segment's row tile, over the whole line.
@@ -323,61 +344,17 @@ class SegmentWalk {
   RawRequest next_request_;
 };
 
-// Of a batch-invariant call: the descriptors behind the last row tile's.
-__device__ __forceinline__ void clear_merge_descriptors_behind(Params const& params,
-                                                               int32_t row_tiles) {
-  if (params.fixed_split_tiles == 0) return;
-  int32_t const stride = gridDim.x * kThreads;
-  int64_t i = int64_t(row_tiles) + blockIdx.x * kThreads + threadIdx.x;
-  for (; i < params.most_row_tiles; i += stride) params.merge_descriptors[i] = {};
-}
-
-// Whether the call before had the same problem and requests; then `work` is what it kept. Run by
-// all threads together, and a barrier for them, if there are no more requests than threads. `own`
-// is the request of this thread.
-__device__ __forceinline__ bool recall_cta_work(Params const& params, RawRequest const& own,
-                                                CtaWork& work) {
-  if (params.requests_per_thread > 1) return false;
-  KeptSchedule const& kept = params.kept_schedules[blockIdx.x];
-  int32_t const thread = threadIdx.x;
-  constexpr int32_t kWorkWords = sizeof(CtaWork) / sizeof(int4);
-  int4 offsets = {}, work_words = {};
-  int32_t kv_len = 0, key_word = 0;
-  // All loads before the first comparison, which would wait: one trip to memory. Past L1, which may
-  // hold what a CTA before the last one kept.
-  if (thread < params.batch) {
-    offsets = __ldcg(&kept.offsets[thread]);
-    kv_len = __ldcg(&kept.kv_len[thread]);
+template <class Traits>
+__device__ FoldPartition cut_line(Params const& params, WorkSums const& sums, int32_t num_ctas) {
+  int32_t const row_tiles = max(sums.row_tiles, 1);
+  if (folds<Traits>(params)) {
+    return make_fold_partition(sums.tiles, row_tiles, sums.longest_row_tile, num_ctas,
+                               Traits::kRowTile, params.fixed_split_tiles);
   }
-  if (thread < kScheduleKeyWords) key_word = __ldcg(&kept.key[thread]);
-  if (thread < kWorkWords) {
-    work_words = __ldcg(reinterpret_cast<int4 const*>(&kept.work) + thread);
-  }
-  bool is_same = true;
-  if (thread < params.batch) {
-    is_same = offsets.x == own.query_begin && offsets.y == own.query_end &&
-              offsets.z == own.page_begin && offsets.w == own.page_end && kv_len == own.kv_len;
-  }
-  if (thread < kScheduleKeyWords) is_same = is_same && key_word == params.schedule_key[thread];
-  if (thread < kWorkWords) reinterpret_cast<int4*>(&work)[thread] = work_words;
-  return __syncthreads_and(is_same);
-}
-
-// For the next call, once `work` is there for all.
-__device__ __forceinline__ void keep_cta_work(Params const& params, RawRequest const& own,
-                                              CtaWork const& work) {
-  if (params.requests_per_thread > 1) return;
-  KeptSchedule& kept = params.kept_schedules[blockIdx.x];
-  int32_t const thread = threadIdx.x;
-  constexpr int32_t kWorkWords = sizeof(CtaWork) / sizeof(int4);
-  if (thread < params.batch) {
-    kept.offsets[thread] = {own.query_begin, own.query_end, own.page_begin, own.page_end};
-    kept.kv_len[thread] = own.kv_len;
-  }
-  if (thread < kScheduleKeyWords) kept.key[thread] = params.schedule_key[thread];
-  if (thread < kWorkWords) {
-    reinterpret_cast<int4*>(&kept.work)[thread] = reinterpret_cast<int4 const*>(&work)[thread];
-  }
+  int32_t const empty_places = params.fixed_split_tiles > 0 ? 0 : Traits::kEmptyPlaces;
+  return {make_partition(sums.tiles, row_tiles, sums.longest_row_tile, num_ctas, Traits::kRowTile,
+                         empty_places),
+          0};
 }
 
 // Run by all threads of the CTA together; `work` is there for all after the next barrier. Up to 32
@@ -385,7 +362,6 @@ __device__ __forceinline__ void keep_cta_work(Params const& params, RawRequest c
 // thread t counts the t-th of kThreads equal shares.
 template <class Traits>
 __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, CtaWork& work) {
-  constexpr int kRowTile = Traits::kRowTile;
   bool const is_small = params.batch <= 32;
   if (is_small && threadIdx.x >= 32) return;
   int32_t const requests = params.requests_per_thread;
@@ -403,12 +379,11 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
   if (is_batch_invariant && sums.tiles == kMaxTiles) sums = {};
   Worker<Traits> const worker(params);
-  Partition const partition =
-      make_partition(sums.tiles, max(sums.row_tiles, 1), sums.longest_row_tile, worker.count,
-                     kRowTile, is_batch_invariant ? 0 : Traits::kEmptyPlaces);
+  auto const [partition, granule_leaves] = cut_line<Traits>(params, sums, worker.count);
   auto const [begin, end] = partition.range(worker.index);
   CtaWork found = {};
   found.partition = partition;
+  found.granule_leaves = granule_leaves;
   found.row_tiles = sums.row_tiles;
   if (begin >= end && threadIdx.x == 0) work = found;
   int32_t place = partition.places_of_row_tiles(before.row_tiles, before.tiles);
@@ -432,31 +407,6 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   found.row_tiles_before = before.row_tiles;
   found.segment.request = request;
   work = SegmentWalk<Traits>::begin(params, found);
-}
-
-// Nobody counts in the arrivals of the next call yet: the calls before have ended. So whatever may
-// have gone wrong in one of them is forgotten.
-__device__ __forceinline__ void begin_call(KeptSchedule& kept, MergeWork& merge) {
-  if (threadIdx.x < 2) merge.split_row_tiles[threadIdx.x] = {};
-  if (threadIdx.x != kThreads - 1) return;
-  merge.call = __ldcg(&kept.call);
-  kept.call = merge.call + 1;
-  kept.arrivals[(merge.call + 1) % 2] = 0;
-}
-
-// The CTA's work, there for all threads when this returns.
-template <class Traits>
-__device__ __forceinline__ void schedule_cta(Params const& params,
-                                             typename Traits::SharedStorage& shared) {
-  CtaWork& work = shared.work;
-  begin_call(params.kept_schedules[blockIdx.x], shared.merge);
-  RawRequest const own = load_request(params, threadIdx.x);
-  if (!recall_cta_work(params, own, work)) {
-    find_cta_work<Traits>(params, shared.schedule, work);
-    __syncthreads();
-    keep_cta_work(params, own, work);
-  }
-  clear_merge_descriptors_behind(params, work.row_tiles);
 }
 
 }  // namespace etap

@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
-#include "etap_mla_partition.h"
+#include "etap_mla_fold_tree.h"
 
 namespace etap {
 
@@ -117,12 +117,30 @@ struct alignas(16) CtaWork {
   int32_t request_index;     // of that request
   int32_t row_tiles_before;  // the request's
   int32_t row_tiles;         // of the whole call
+  int32_t granule_leaves;    // FoldPartition, in batch-invariant calls that fold
   int32_t has_segment;       // 0: there is nothing to do
   Segment segment;
 };
 
 // Of what a schedule depends on beside the requests.
 constexpr int kScheduleKeyWords = 12;
+
+// Of a row tile that is split in a call that folds: the pieces, in the order of their tokens, which
+// are joined to groups (quads, or one piece each where that is more than a quad) and these to
+// blocks. The leading blocks, which are one piece, count as a block of one group.
+struct alignas(16) FoldPieceList {
+  struct Piece {
+    int16_t slot;
+    bool ends_group, ends_block;
+  };
+  int32_t num_pieces, num_blocks;
+
+  __device__ int32_t num_groups() const { return begin_of_block[num_blocks]; }
+
+  int16_t begin_of_block[kMostLeaves / kQuadLeaves + 1];  // its first group
+  int16_t begin_of_group[kMostLeaves / kQuadLeaves + 1];  // its first piece
+  Piece pieces[kMostLeaves];
+};
 
 // What a CTA keeps of a call for the next one, which is like it but for the layer, most of the
 // time. Larger batches than that of one request a thread are not kept.
@@ -131,6 +149,7 @@ struct alignas(128) KeptSchedule {
   CtaWork work;
   alignas(128) int4 offsets[kThreads];  // of each request: its queries' and pages' begin and end
   int32_t kv_len[kThreads];
+  FoldPieceList fold_lists[2];  // as SharedStorage has them
 
   // Of calls before: how many, the same in all CTAs. And who has come to the merge of the row tile
   // that goes on behind this CTA's range, in even and in odd calls.
@@ -160,7 +179,9 @@ struct alignas(16) MergeDescriptor {
 struct SplitRowTile {
   MergeDescriptor descriptor;
   int32_t number;
-  int32_t part;  // this CTA's
+  int32_t part;   // this CTA's
+  int32_t begin;  // of the row tile on the line
+  int32_t tiles;
 };
 
 // CTAs that do their share of a merge; those before `end` from `first` on.
@@ -187,8 +208,9 @@ struct Params {
   KeptSchedule* kept_schedules;  // [num_ctas], zeros before the first call
   int32_t schedule_key[kScheduleKeyWords];
   int32_t fixed_split_tiles;  // of a part, in batch-invariant calls; 0 in others
-  int32_t most_row_tiles;     // FixedSplitBound, in batch-invariant calls
+  int32_t most_row_tiles;     // FixedSplitBound, in batch-invariant calls that do not fold
   int32_t most_parts;
+  int32_t fold_slots;  // of a CTA, in those that do
   int32_t log_row_tiles_together;
   int32_t num_heads;
   int32_t total_queries;
@@ -219,11 +241,18 @@ struct Params {
 
   // Workspace. A CTA leaves at most two partial results: the end of a row tile that began in an
   // earlier CTA (slot 2c) and the beginning of one that ends in a later CTA (slot 2c + 1). In
-  // batch-invariant calls part p of row tile r has slot r * most_parts + p.
+  // batch-invariant calls part p of row tile r has slot r * most_parts + p; in those that fold, CTA
+  // c leaves its pieces in fold_slots slots from c * fold_slots on, the last two for beginnings.
   float* partial_out;  // [slots, 512 * row_tile], in the order of accumulator fragments
   float2* partial_ml;  // [slots, row_tile]: running maximum (base 2) and sum
-  MergeDescriptor* merge_descriptors;  // [most_row_tiles], in batch-invariant calls
+  MergeDescriptor* merge_descriptors;  // [most_row_tiles]
 };
+
+// Whether a batch-invariant call joins partial results in registers (etap_mla_fold_tree.h).
+template <class Traits>
+__device__ __forceinline__ bool folds(Params const& params) {
+  return Traits::kFolds && __builtin_expect(params.fixed_split_tiles > 0, 0);
+}
 
 // Where every request has an even number of row tiles of 64, two CTAs work together, each on one of
 // two row tiles: they read the same tokens at the same time, which then come from DRAM once.
@@ -247,9 +276,19 @@ struct EtapMlaTraits {
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
   static constexpr bool kGuessesPages = true;
   static constexpr bool kPairsRowTiles = false;
+  // Batch-invariant calls: registers for three outputs, the leaf's, the block's and the row tile's.
+  static constexpr bool kFolds = kRowTile <= 16;
+  static constexpr int kSumSlots = kFolds ? 2 : 1;
 
   static constexpr int kCtaThreads = kThreads;
   static constexpr int kQueryWarps = kMathWarps;
+
+  // Of the row tiles that MergeWork has.
+  struct NoFoldPieces {};
+  struct FoldPieces {
+    FoldPieceList lists[2];
+  };
+  using FoldedPieces = std::conditional_t<kFolds, FoldPieces, NoFoldPieces>;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 216;
@@ -273,13 +312,14 @@ struct EtapMlaTraits {
   // [rows, high parts then low parts, x tokens].
   static constexpr int kRingBoxes = [] {
     int const query = kRowTile * (kHeadDimCkv + kHeadDimKpe) * int(sizeof(DType));
-    int const sums = kMathWarpgroups * kRowTile * 4 * int(sizeof(float));
+    int const sums = kSumSlots * kMathWarpgroups * kRowTile * 4 * int(sizeof(float));
     int const statistics = kRowTile * (2 * int(sizeof(RunningMax)) + 4 * int(sizeof(float)));
     int const fixed = query + sums + statistics + int(2 * sizeof(Segment) + sizeof(CtaWork)) +
-                      int(sizeof(MergeWork)) + 64;
+                      int(sizeof(MergeWork) + sizeof(FoldedPieces)) + 64;
     return (kSharedMemoryLimit - fixed) / (kBoxElements * int(sizeof(DType)) + 16);
   }();
   static_assert(kRingBoxes > 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
+  static constexpr int kRingBytes = kRingBoxes * kBoxElements * int(sizeof(DType));
 
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
@@ -305,8 +345,8 @@ struct EtapMlaTraits {
   struct SharedStorage {
     alignas(1024) DType ring[kRingBoxes * kBoxElements];
     alignas(1024) DType query[cosize_v<LayoutQ>];
-    alignas(16) float row_sum[kMathWarpgroups][kRowTile][4];  // of each warp, at a segment's end
-    RunningMax running_max[2][kRowTile];                      // [tile number % 2]
+    alignas(16) float row_sum[kSumSlots][kMathWarpgroups][kRowTile][4];  // of each warp, at an end
+    RunningMax running_max[2][kRowTile];                                 // [tile number % 2]
     union {
       alignas(16) float tile_max[kRowTile][4];  // of each warp of the tile's owner
       ScheduleScratch schedule;                 // before the first tile
@@ -316,6 +356,7 @@ struct EtapMlaTraits {
     Segment segments[2];  // [segment number % 2]; one without tiles is the end
     CtaWork work;
     MergeWork merge;
+    FoldedPieces fold;
   };
   static_assert(sizeof(SharedStorage) <= kSharedMemoryLimit, "shared memory of one Hopper SM");
 };

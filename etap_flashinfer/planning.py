@@ -177,6 +177,7 @@ def check_fixed_split_workspace(plan: Plan, workspace: torch.Tensor) -> None:
     problem = plan.problem
     module = jit.get_etap_mla_module(jit.EtapMlaVariant(*variant_key(problem, query_len=1)))
     needed = module.fixed_split_workspace_bytes(
+        workspace.device.index,
         plan.total_queries,
         plan.batch_size,
         problem.num_heads,

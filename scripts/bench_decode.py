@@ -48,9 +48,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--fixed-split",
         type=int,
         nargs="*",
-        default=[256, 2048],
+        default=[64, 256],
         metavar="TOKENS",
-        help="time batch-invariant calls, too, with parts of these sizes (default 256 and 2048), "
+        help="time batch-invariant calls, too, with parts of these sizes (default 64 and 256), "
         "in the cells of the grid fixed-split",
     )
     parser.add_argument("--repeats", type=int, default=15, help="graph replays, default 15")

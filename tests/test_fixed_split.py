@@ -51,8 +51,8 @@ def test_a_workspace_too_small_is_refused(kernel: FakeKernel) -> None:
     wrapper = make_wrapper()
     planned = plan_arguments((1, 3))
     wrapper.plan(**planned, fixed_split_size=2)
-    # queries, requests, heads, entries of kv_indices, page size, tiles
-    assert kernel.fixed_splits == [(4, 2, 16, 4, 64, 2)]
+    # device (META has no index), queries, requests, heads, entries of kv_indices, page size, tiles
+    assert kernel.fixed_splits == [(None, 4, 2, 16, 4, 64, 2)]
     with pytest.raises(ValueError, match=r"has 4096 bytes; the ETAP kernel needs 4097"):
         wrapper.plan(**planned, fixed_split_size=1)
     with pytest.raises(RuntimeError, match="before plan"):

@@ -65,7 +65,8 @@ extern "C" int32_t log_merge_shares(int32_t num_parts) { return etap::log_merge_
 extern "C" int32_t bound(int32_t queries, int32_t batch, int32_t heads, int32_t row_tile,
                          int32_t longest, int32_t split_tiles, int64_t* row_tiles, int64_t* slots) {
   auto const bound =
-      etap::bound_fixed_split(queries, batch, heads, row_tile, longest, split_tiles);
+      etap::bound_fixed_split(queries, batch, heads, row_tile, etap::kMostFixedParts, longest,
+                              split_tiles);
   *row_tiles = bound.row_tiles;
   *slots = bound.slots();
   return bound.parts;

@@ -29,7 +29,7 @@ def measured(**factors: float) -> list[dict]:
 
 
 def test_sizes_of_parts():
-    assert bench_decode.parse_arguments([]).fixed_split == [256, 2048]
+    assert bench_decode.parse_arguments([]).fixed_split == [64, 256]
     assert bench_decode.parse_arguments(["--fixed-split"]).fixed_split == []
     with pytest.raises(SystemExit):
         bench_decode.parse_arguments(["--fixed-split", "100"])

@@ -48,6 +48,7 @@ def workspace_bytes(problem: Problem, tokens: int, entries: int | None = None) -
     )
     module = jit.get_etap_mla_module(variant)
     needed = module.fixed_split_workspace_bytes(
+        torch.cuda.current_device(),
         problem.q_nope.shape[0],
         len(problem.kv_lens),
         problem.num_heads,
@@ -147,6 +148,22 @@ def test_bits_do_not_depend_on_the_batch(heads, kind, page_size, tokens, seed):
         assert_same_bits(problem, results, requests, found, f"batch {requests[:12]}")
 
 
+@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize("tokens", [64, 192])
+@pytest.mark.parametrize("length", [1000, 8192, 65_536])
+def test_bits_do_not_depend_on_how_many_share_a_request(length, tokens, heads, seed):
+    """From one CTA for several requests to all CTAs for one: cuts between leaves and blocks."""
+    page_size = 64
+    problem, compare = make(
+        "bf16", seed, [1] * 5, [length] * 5, num_heads=heads, page_size=page_size
+    )
+    results = run(problem, tokens)
+    compare(problem, *results)
+    for requests in ([0], [1, 0, 2], [0] * 16, [4, *[0] * 63], [3] * 140):
+        found = run(subset(problem, requests), tokens)
+        assert_same_bits(problem, results, requests, found, f"{len(requests)} requests")
+
+
 @pytest.mark.parametrize("heads", [16, 128])
 def test_bits_do_not_depend_on_other_query_lengths(heads, seed):
     """A companion of many queries would ask for another row tile."""
@@ -155,9 +172,10 @@ def test_bits_do_not_depend_on_other_query_lengths(heads, seed):
     assert_same_bits(problem, both, [0], alone, "alone")
 
 
-def test_parts_of_many_row_tiles(seed):
-    """700 requests of several parts each: the merge kernel takes them in rounds."""
-    problem, compare = make("bf16", seed, [1] * 700, [129] * 350 + [300] * 350)
+@pytest.mark.parametrize("heads", [16, 32])
+def test_parts_of_many_row_tiles(heads, seed):
+    """700 requests of several parts each: with 32 heads the merge kernel takes them in rounds."""
+    problem, compare = make("bf16", seed, [1] * 700, [129] * 350 + [300] * 350, num_heads=heads)
     results = run(problem, 64)
     compare(problem, *results)
     for request in (0, 159, 160, 349, 350, 699):
@@ -267,5 +285,5 @@ def test_a_workspace_too_small_is_refused(seed):
     on_host = dataclasses.replace(problem, qo_indptr=problem.qo_indptr.cpu())
     with pytest.raises(ValueError, match=rf"has {needed - 16} bytes; .* needs {needed}"):
         plan(wrapper, on_host, 64)
-    plan(wrapper, on_host, 16_384)  # no request can have as many parts: needs less
+    plan(wrapper, on_host, 1 << 20)  # no request can have two parts: needs nothing
     check(problem, *wrapper.run(*problem.run_arguments(), return_lse=True))

@@ -1,7 +1,7 @@
 /*
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
- * A thread's place among the math threads over a cache of fp8, and what threads do together.
+ * A thread's place among the math threads where tokens are on M, and what threads do together.
  */
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace etap {
 
-struct Fp8Thread {
+struct MathThread {
   int32_t const thread = threadIdx.x % kWarpgroupThreads;
   int32_t const warpgroup = cutlass::canonical_warp_group_idx();
   int32_t const warp = cutlass::canonical_warp_idx_sync() % 4;
