@@ -231,11 +231,12 @@ class BatchMLAPagedAttentionWrapper:
             Not in FlashInfer's signature of this wrapper; named and counted, in pages, as in its
             others. Makes calls batch-invariant: the bits of a request's output and LSE depend on
             the request alone, not on the rest of the batch or on the GPU's number of SMs. Requests
-            are cut into parts of so many pages, which must make a multiple of 64 tokens; those
-            of more than 64 parts into parts of a multiple of that. Small parts are faster for
-            few requests and need more workspace; ``plan``, or ``run`` where ``qo_indptr`` is on
-            the GPU, says how much if it is too little. Stock backends refuse it;
-            ``"reference"`` is batch-invariant with and without.
+            are cut into parts of so many pages, which must make a multiple of 64 tokens, or of
+            a multiple of that where there would be more than 64 parts; with a bf16 or fp16 cache
+            and up to 16 heads 128, and a CTA joins those that it has, so that small ones do for
+            every batch. Else small parts are faster for few requests and need more workspace.
+            ``plan``, or ``run`` where ``qo_indptr`` is on the GPU, says how much if it is too
+            little. Stock backends refuse it; ``"reference"`` is batch-invariant with and without.
         use_profiler, cum_seq_lens_q, block_tables, seq_lens, max_q_len, output_scale, \
 skip_softmax, use_sinks
             Served by stock FlashInfer only: ``backend="auto"`` turns to it, ``"etap"`` and
