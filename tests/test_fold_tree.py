@@ -4,17 +4,11 @@ csrc/etap_mla_fold_tree.h is plain C++; it is compiled with the system's compile
 ctypes. What the math warpgroups and the merge do with it is modelled here, on expressions.
 """
 
-import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
+import compiled_header
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 QUAD_LEAVES, BLOCK_LEAVES, MOST_LEAVES, SLOTS_OF_BEGINNING = 4, 16, 128, 3
 
 WRAPPER = """
@@ -52,16 +46,7 @@ extern "C" int32_t count_slots(int32_t most_leaves) { return count_fold_slots(mo
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    directory = tmp_path_factory.mktemp("fold")
-    source, library = directory / "fold.cpp", directory / "fold.so"
-    source.write_text(WRAPPER)
-    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fsanitize=undefined", "-fPIC", "-shared"]
-    flags.append("-fno-sanitize-recover=all")
-    subprocess.run([compiler, *flags, f"-I{CSRC}", str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return compiled_header.load(tmp_path_factory.mktemp("tree"), WRAPPER)
 
 
 def leaves_of(tree, tiles, split):

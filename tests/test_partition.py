@@ -5,17 +5,13 @@ ctypes. The walk from positions on the line of tiles to requests is modelled her
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
+import compiled_header
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 TOKEN_TILE = 64
 MAX_TILES = 2**31 - 1
 
@@ -78,16 +74,7 @@ extern "C" int32_t multiply(int32_t a, int32_t b) { return etap::saturating_mult
 
 @pytest.fixture(scope="module")
 def partition(tmp_path_factory):
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    directory = tmp_path_factory.mktemp("partition")
-    source, library = directory / "partition.cpp", directory / "partition.so"
-    source.write_text(WRAPPER)
-    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fsanitize=undefined", "-fPIC", "-shared"]
-    flags.append("-fno-sanitize-recover=all")
-    subprocess.run([compiler, *flags, f"-I{CSRC}", str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return compiled_header.load(tmp_path_factory.mktemp("partition"), WRAPPER)
 
 
 def cut(partition, total, row_tiles, longest, num_ctas, rows=16, empty_places=1):
