@@ -6,6 +6,7 @@ ctypes. What the math warpgroups and the merge do with it is modelled here, on e
 
 import compiled_header
 import pytest
+import schedule_batches
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -139,10 +140,8 @@ def merge(tree, num_leaves, cuts, slots):
     return joined([joined([joined(group) for group in block]) for block in blocks])
 
 
-batches = st.lists(
-    st.tuples(st.integers(1, 2000), st.integers(0, 4)), min_size=1, max_size=30
-) | st.tuples(st.integers(1, 200), st.integers(1, 1500), st.integers(1, 3)).map(
-    lambda same: [(same[1], same[2])] * same[0]
+batches = schedule_batches.batches(
+    st.tuples(st.integers(1, 2000), st.integers(0, 4)), 30, st.integers(1, 1500), 200
 )
 
 

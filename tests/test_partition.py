@@ -9,6 +9,7 @@ import ctypes
 import compiled_header
 import numpy as np
 import pytest
+import schedule_batches
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -89,10 +90,8 @@ def token_tiles(length):
     return max(-(-length // TOKEN_TILE), 1)  # an empty request is one empty tile
 
 
-batches = st.lists(
-    st.tuples(st.integers(0, 5000), st.integers(0, 5)), min_size=1, max_size=40
-) | st.tuples(st.integers(1, 300), st.integers(0, 20000), st.integers(1, 3)).map(
-    lambda same: [(same[1], same[2])] * same[0]
+batches = schedule_batches.batches(
+    st.tuples(st.integers(0, 5000), st.integers(0, 5)), 40, st.integers(0, 20000), 300
 )
 
 
@@ -258,10 +257,8 @@ def fixed_walk(partition, requests, split, begin, end):
     return parts
 
 
-fixed_batches = st.lists(
-    st.tuples(st.integers(0, 30_000), st.integers(0, 9)), min_size=1, max_size=40
-) | st.tuples(st.integers(1, 300), st.integers(0, 20_000), st.integers(1, 3)).map(
-    lambda same: [(same[1], same[2])] * same[0]
+fixed_batches = schedule_batches.batches(
+    st.tuples(st.integers(0, 30_000), st.integers(0, 9)), 40, st.integers(0, 20_000), 300
 )
 
 
