@@ -104,7 +104,7 @@ struct FoldedOutput {
 // tile's first.
 template <class Traits>
 struct FoldState {
-  int32_t leaf_tiles, leaf_end, leaf, first_leaf, next_slot;
+  int32_t leaf_end, leaf, first_leaf, next_slot;
   FoldedOutput<Traits> quad, block;  // joined so far
 
   // Maxima and sums, of which one thread a row takes care, a leaf later than of outputs: then the
@@ -119,11 +119,9 @@ struct FoldState {
   __device__ __forceinline__ void begin(Params const& params, Segment const& segment) {
     leaf_end = INT32_MAX;
     if (!folds<Traits>(params)) return;
-    leaf_tiles =
-        make_fold_tree(count_token_tiles(segment.request), params.fixed_split_tiles).leaf_tiles;
-    if (segment.num_tiles() <= leaf_tiles) return;
-    first_leaf = leaf = divide(segment.tile_begin, leaf_tiles);
-    leaf_end = segment.tile_begin + leaf_tiles;
+    if (segment.num_tiles() <= segment.part_tiles) return;
+    first_leaf = leaf = divide(segment.tile_begin, segment.part_tiles);
+    leaf_end = segment.tile_begin + segment.part_tiles;
     next_slot = segment.slot;
     quad.clear();
     block.clear();
@@ -155,7 +153,7 @@ struct FoldState {
 
   __device__ __forceinline__ void next_leaf(Segment const& segment) {
     ++leaf;
-    leaf_end = min(leaf_end + leaf_tiles, segment.tile_end);
+    leaf_end = min(leaf_end + segment.part_tiles, segment.tile_end);
   }
 
   __device__ __forceinline__ bool has_leading_blocks(Segment const& segment) const {

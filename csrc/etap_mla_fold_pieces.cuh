@@ -13,15 +13,15 @@ namespace etap {
 // By one warp: the lanes look at a CTA each.
 template <class Traits>
 __device__ void list_fold_pieces(Params const& params, CtaWork const& work,
-                                 SplitRowTile const& split, FoldPieceList& list) {
-  FoldTree const tree = make_fold_tree(split.tiles, params.fixed_split_tiles);
-  int32_t const num_leaves = tree.num_leaves(), num_ctas = split.descriptor.num_parts;
+                                 SplitRowTile const& split, FixedSplit const& leaves,
+                                 FoldPieceList& list) {
+  int32_t const num_leaves = leaves.num_parts(), num_ctas = split.descriptor.num_parts;
   int32_t const lane = threadIdx.x % 32;
   auto const begin_of = [&](int32_t part) {
     if (part == 0) return 0;
     if (part >= num_ctas) return num_leaves;
     int32_t const offset = work.partition.range(split.number + part).begin - split.begin;
-    return leaves_before_cut(tree, offset, work.granule_leaves);
+    return leaves_before_cut(leaves, offset, work.granule_leaves);
   };
   int32_t const leading_blocks = FoldPieces{0, begin_of(1), num_leaves}.leading_blocks();
   int32_t const has_leading = leading_blocks > 0;
@@ -53,7 +53,7 @@ __device__ void list_fold_pieces(Params const& params, CtaWork const& work,
   }
   if (lane > 0) return;
   list.num_pieces = pieces_before;
-  list.num_blocks = tree.num_blocks() - leading_blocks + has_leading;
+  list.num_blocks = divide_up(num_leaves, kBlockLeaves) - leading_blocks + has_leading;
   list.begin_of_block[list.num_blocks] = groups_before;
   list.begin_of_group[groups_before] = pieces_before;
   if (!has_leading) return;
@@ -71,7 +71,8 @@ __device__ void list_pieces(Params const& params, typename Traits::SharedStorage
   __syncwarp();
   int32_t const i = segment.begins_row_tile;
   FoldPieceList& list = shared.fold.lists[i];
-  list_fold_pieces<Traits>(params, shared.work, shared.merge.split_row_tiles[i], list);
+  SplitRowTile const& split = shared.merge.split_row_tiles[i];
+  list_fold_pieces<Traits>(params, shared.work, split, {split.tiles, segment.part_tiles}, list);
   if (params.requests_per_thread > 1) return;  // whose schedules are not kept
   __syncwarp();
   auto* const kept = reinterpret_cast<int4*>(&params.kept_schedules[blockIdx.x].fold_lists[i]);

@@ -25,31 +25,11 @@ constexpr int32_t kMostBlocks = kMostLeaves / kBlockLeaves;
 // Leaves of a single tile cost more than they bring where there are more (scripts/TUNING.md).
 constexpr int32_t kMostSingleTileLeaves = 64;
 
-ETAP_HOST_DEVICE int32_t divide_up(int32_t a, int32_t b) {
-  return a > 0 ? divide(a - 1, b) + 1 : 0;
-}
-
-ETAP_HOST_DEVICE int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }
-
-// Of a row tile of `tiles` > 0 tiles.
-struct FoldTree {
-  int32_t tiles;
-  int32_t leaf_tiles;  // the last leaf may be shorter
-
-  ETAP_HOST_DEVICE int32_t num_leaves() const { return leaf_from(tiles); }
-  ETAP_HOST_DEVICE int32_t num_blocks() const { return divide_up(num_leaves(), kBlockLeaves); }
-  // Number of the first leaf that begins at `tile` or later; num_leaves() if none does.
-  ETAP_HOST_DEVICE int32_t leaf_from(int32_t tile) const { return divide_up(tile, leaf_tiles); }
-  ETAP_HOST_DEVICE int32_t begin(int32_t leaf) const {
-    return minimum(saturating_multiply(leaf, leaf_tiles), tiles);
-  }
-};
-
-// Leaves of `split_tiles` or, where that makes too many, of the smallest multiple that does not.
-ETAP_HOST_DEVICE FoldTree make_fold_tree(int32_t tiles, int32_t split_tiles) {
-  int32_t const most_tiles = saturating_multiply(split_tiles, kMostLeaves);
-  int32_t const leaf_tiles = split_tiles * divide_up(tiles, most_tiles);
-  return {tiles, leaf_tiles == 1 && tiles > kMostSingleTileLeaves ? 2 : leaf_tiles};
+// Of a row tile: its parts are its leaves.
+ETAP_HOST_DEVICE FixedSplit make_leaf_split(int32_t tiles, int32_t split_tiles) {
+  FixedSplit leaves = make_fixed_split(tiles, split_tiles, kMostLeaves);
+  if (leaves.part_tiles == 1 && tiles > kMostSingleTileLeaves) leaves.part_tiles = 2;
+  return leaves;
 }
 
 // The line cut into CTAs' ranges. A CTA's work begins at the first granule (leaf, quad or block)
@@ -65,7 +45,7 @@ ETAP_HOST_DEVICE FoldPartition make_fold_partition(int32_t total_tiles, int32_t 
                                                    int32_t longest_row_tile, int32_t num_ctas,
                                                    int32_t rows_per_tile, int32_t split_tiles) {
   if (total_tiles == 0) return {make_partition(0, 1, 0, num_ctas, rows_per_tile, 0), 1};
-  int32_t const leaf_tiles = make_fold_tree(longest_row_tile, split_tiles).leaf_tiles;
+  int32_t const leaf_tiles = make_leaf_split(longest_row_tile, split_tiles).part_tiles;
   // Of the CTA that has most, if row tiles are alike.
   auto const most_tiles = [=](int32_t granule_leaves) {
     int32_t const granule = saturating_multiply(leaf_tiles, granule_leaves);
@@ -83,10 +63,10 @@ ETAP_HOST_DEVICE FoldPartition make_fold_partition(int32_t total_tiles, int32_t 
 }
 
 // The cut of a row tile at a range's end, `offset` tiles behind its first: as a number of leaves.
-ETAP_HOST_DEVICE int32_t leaves_before_cut(FoldTree const& tree, int32_t offset,
+ETAP_HOST_DEVICE int32_t leaves_before_cut(FixedSplit const& leaves, int32_t offset,
                                            int32_t granule_leaves) {
-  int32_t const leaf = tree.leaf_from(offset < tree.tiles ? offset : tree.tiles);
-  return minimum(divide_up(leaf, granule_leaves) * granule_leaves, tree.num_leaves());
+  int32_t const leaf = leaves.first_part_from(minimum(offset, leaves.tiles));
+  return minimum(divide_up(leaf, granule_leaves) * granule_leaves, leaves.num_parts());
 }
 
 // A CTA's leaves [begin, end) of a row tile as pieces, of which each has a slot of the workspace.

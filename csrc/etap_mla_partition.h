@@ -39,6 +39,13 @@ ETAP_HOST_DEVICE int32_t saturating_multiply(int32_t a, int32_t b) {
 // Of numbers that are not negative; without a sign the GPU divides faster.
 ETAP_HOST_DEVICE int32_t divide(int32_t a, int32_t b) { return int32_t(uint32_t(a) / uint32_t(b)); }
 
+// Of numbers that are not negative, too.
+ETAP_HOST_DEVICE int32_t divide_up(int32_t a, int32_t b) {
+  return int32_t((uint32_t(a) + uint32_t(b) - 1) / uint32_t(b));
+}
+
+ETAP_HOST_DEVICE constexpr int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }
+
 // The line is a sequence of units of `unit_places`, and each unit is cut into `parts_per_unit`
 // parts: the first `longer_parts` of `part_places + 1` places, the others of `part_places`.
 struct Partition {
@@ -137,11 +144,12 @@ ETAP_HOST_DEVICE Partition make_partition(int32_t total_tiles, int32_t row_tiles
   return merge_work < (spare_tiles + 1) * num_ctas ? aligned : even;
 }
 
-// Batch-invariant calls of kernels that do not fold (etap_mla_fold_tree.h) cut a row tile at places
-// that depend on its own length alone. A CTA does the parts that begin in its range of the line,
-// and all of each.
+// Batch-invariant calls cut a row tile at places that depend on its own length alone. A CTA does
+// the parts that begin in its range of the line, and all of each. Kernels that fold call parts
+// leaves (etap_mla_fold_tree.h).
 
-// Parts of a row tile, at most: as many as the warps of a CTA of the merge kernel load at once.
+// Parts of a row tile, at most, in kernels that do not fold: as many as the warps of a CTA of the
+// merge kernel load at once.
 constexpr int32_t kMostFixedParts = 64;
 // Longer parts than any request, whose tokens are counted in 32 bits.
 constexpr int32_t kLongestFixedSplit = 1 << 25;
@@ -154,18 +162,18 @@ struct FixedSplit {
   ETAP_HOST_DEVICE int32_t num_parts() const { return first_part_from(tiles); }
   // Number of the first part that begins at `tile` or later; num_parts() if none does.
   ETAP_HOST_DEVICE int32_t first_part_from(int32_t tile) const {
-    return divide(tile + part_tiles - 1, part_tiles);
+    return divide_up(tile, part_tiles);
   }
   ETAP_HOST_DEVICE int32_t begin(int32_t part) const {
-    int32_t const begin = part * part_tiles;
-    return begin < tiles ? begin : tiles;
+    return minimum(saturating_multiply(part, part_tiles), tiles);
   }
 };
 
-// Parts of `split_tiles` or, where that makes too many, the smallest multiple that does not.
-ETAP_HOST_DEVICE FixedSplit make_fixed_split(int32_t tiles, int32_t split_tiles) {
-  int32_t const most_tiles = saturating_multiply(split_tiles, kMostFixedParts);
-  return {tiles, split_tiles * (divide(tiles - 1, most_tiles) + 1)};
+// Parts of `split_tiles` or, where that makes too many, of the smallest multiple that does not.
+ETAP_HOST_DEVICE FixedSplit make_fixed_split(int32_t tiles, int32_t split_tiles,
+                                             int32_t most_parts) {
+  int32_t const most_tiles = saturating_multiply(split_tiles, most_parts);
+  return {tiles, split_tiles * divide_up(tiles, most_tiles)};
 }
 
 // The warps that share a row tile's parts in the merge kernel: as few as load all of them at once,

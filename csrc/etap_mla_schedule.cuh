@@ -198,6 +198,13 @@ __device__ __forceinline__ void add_over_cta(ScheduleScratch& scratch, WorkSums&
   before.row_tiles = saturating_add(before.row_tiles, warps_before.row_tiles);
 }
 
+// Into parts or, in kernels that fold, leaves. Of a batch-invariant call.
+template <class Traits>
+__device__ __forceinline__ FixedSplit split_row_tile(Params const& params, int32_t tiles) {
+  return Traits::kFolds ? make_leaf_split(tiles, params.fixed_split_tiles)
+                        : make_fixed_split(tiles, params.fixed_split_tiles, kMostFixedParts);
+}
+
 // Walks the segments of one CTA, from the one in its work on. Both loaders walk for themselves and
 // see the same ones; the math warpgroups are told by the loader of the queries.
 template <class Traits>
@@ -262,16 +269,18 @@ class SegmentWalk {
     if (segment.tile_end <= 0) return false;  // the range ends before the row tile's first tile
     segment.slot = 2 * worker.cta() + (segment.tile_begin == 0 ? 1 : 0);
     if (folds<Traits>(params_)) {
-      FoldTree const tree = make_fold_tree(tiles, params_.fixed_split_tiles);
+      FixedSplit const leaves = split_row_tile<Traits>(params_, tiles);
+      segment.part_tiles = leaves.part_tiles;
       segment.tile_end =
-          tree.begin(leaves_before_cut(tree, segment.tile_end, work_.granule_leaves));
+          leaves.begin(leaves_before_cut(leaves, segment.tile_end, work_.granule_leaves));
       // The first slot of a beginning is left to the leading blocks.
       segment.slot = worker.cta() * params_.fold_slots +
                      (segment.tile_begin == 0 ? params_.fold_slots - kFoldSlotsOfBeginning + 1 : 0);
     } else if (params_.fixed_split_tiles > 0) {
-      FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
       // Index tensors that are wrong may have more.
       if (row_tile_number() >= params_.most_row_tiles) return false;
+      FixedSplit const split = split_row_tile<Traits>(params_, tiles);
+      segment.part_tiles = split.part_tiles;
       segment.tile_end = segment.tile_begin + split.part_tiles;
       segment.slot =
           row_tile_number() * params_.most_parts + split.first_part_from(segment.tile_begin);
@@ -287,47 +296,48 @@ class SegmentWalk {
   // What the merge has to know of the segment's row tile, if it is split.
   __device__ void describe_split(SplitRowTile (&split_row_tiles)[2]) const {
     MergeDescriptor descriptor = {0, segment.num_rows, segment.packed_row};
-    int32_t const tiles = count_token_tiles(segment.request);
     if (params_.fixed_split_tiles > 0 && !Traits::kFolds) {
       if (!segment.begins_row_tile) return;
-      int32_t const num_parts = make_fixed_split(tiles, params_.fixed_split_tiles).num_parts();
+      int32_t const num_parts = split_of_row_tile().num_parts();
       descriptor.num_parts = num_parts > 1 ? num_parts : 0;
       params_.merge_descriptors[row_tile_number()] = descriptor;
     } else if (!segment.is_whole()) {
       Worker<Traits> const worker(params_);
       int32_t const row_tile_begin = position_ - segment.tile_end;
-      int32_t const last = work_.partition.cta_of(row_tile_begin + begin_of_last_cut(tiles));
+      int32_t const last = work_.partition.cta_of(row_tile_begin + begin_of_last_cut());
       int32_t const first =
           segment.begins_row_tile ? worker.index : work_.partition.cta_of(row_tile_begin);
       int32_t const part = worker.index - first;
       descriptor.num_parts = min(last, worker.count - 1) - first + 1;
       split_row_tiles[segment.begins_row_tile] = {descriptor, worker.cta() - part, part,
-                                                  row_tile_begin, tiles};
+                                                  row_tile_begin, split_of_row_tile().tiles};
     }
   }
 
  private:
+  // Of the segment's; as next() found it.
+  __device__ FixedSplit split_of_row_tile() const {
+    return {count_token_tiles(segment.request), segment.part_tiles};
+  }
+
   // Of a batch-invariant call: a part (leaf, block) that begins in an earlier CTA's range is that
   // CTA's.
   __device__ void skip_what_began_before() {
     int32_t const tiles = count_token_tiles(segment.request);
     int32_t const offset = position_ - request_begin_;
     int32_t const tile = offset - divide(offset, tiles) * tiles;
-    if constexpr (Traits::kFolds) {
-      FoldTree const tree = make_fold_tree(tiles, params_.fixed_split_tiles);
-      position_ += tree.begin(leaves_before_cut(tree, tile, work_.granule_leaves)) - tile;
-    } else {
-      FixedSplit const split = make_fixed_split(tiles, params_.fixed_split_tiles);
-      position_ += split.begin(split.first_part_from(tile)) - tile;
-    }
+    FixedSplit const split = split_row_tile<Traits>(params_, tiles);
+    int32_t const part = Traits::kFolds ? leaves_before_cut(split, tile, work_.granule_leaves)
+                                        : split.first_part_from(tile);
+    position_ += split.begin(part) - tile;
   }
 
   // The last tile of a row tile, or of those that begin a leaf or block, where CTAs can be cut.
-  __device__ int32_t begin_of_last_cut(int32_t tiles) const {
-    if (!folds<Traits>(params_)) return tiles - 1;
-    FoldTree const tree = make_fold_tree(tiles, params_.fixed_split_tiles);
-    int32_t const last_leaf = tree.num_leaves() - 1;
-    return tree.begin(last_leaf - last_leaf % work_.granule_leaves);
+  __device__ int32_t begin_of_last_cut() const {
+    FixedSplit const leaves = split_of_row_tile();
+    if (!folds<Traits>(params_)) return leaves.tiles - 1;
+    int32_t const last_leaf = leaves.num_parts() - 1;
+    return leaves.begin(last_leaf - last_leaf % work_.granule_leaves);
   }
 
   // Of the segment's row tile, over the whole line.

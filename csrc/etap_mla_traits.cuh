@@ -92,8 +92,9 @@ struct Request {
   int32_t kv_len;
 };
 
-// One run of token tiles of one row tile: what a CTA does between loading Q and writing O.
-struct Segment {
+// One run of token tiles of one row tile: what a CTA does between loading Q and writing O. Aligned
+// for copies in words of 16 bytes.
+struct alignas(16) Segment {
   Request request;
   int32_t row_begin;   // first packed row of the row tile, within the request
   int32_t num_rows;    // rows of it that exist
@@ -101,6 +102,7 @@ struct Segment {
   int32_t tile_begin, tile_end;
   int32_t masked_tile_begin;  // from here on some row may not see all of a tile
   int32_t slot;               // of the workspace, for its partial result
+  int32_t part_tiles;         // FixedSplit, in batch-invariant calls
   bool begins_row_tile, ends_row_tile;
 
   __device__ int32_t num_tiles() const { return tile_end - tile_begin; }

@@ -27,10 +27,10 @@ extern "C" int32_t range_begin(int32_t cta) { return kept.partition.range(cta).b
 extern "C" int32_t range_end(int32_t cta) { return kept.partition.range(cta).end; }
 extern "C" int32_t cta_of(int32_t place) { return kept.partition.cta_of(place); }
 extern "C" int32_t leaf_tiles(int32_t tiles, int32_t split) {
-  return make_fold_tree(tiles, split).leaf_tiles;
+  return make_leaf_split(tiles, split).part_tiles;
 }
 extern "C" int32_t before_cut(int32_t tiles, int32_t split, int32_t offset, int32_t granule) {
-  return leaves_before_cut(make_fold_tree(tiles, split), offset, granule);
+  return leaves_before_cut(make_leaf_split(tiles, split), offset, granule);
 }
 extern "C" int32_t leading_blocks(int32_t begin, int32_t end, int32_t num_leaves) {
   return FoldPieces{begin, end, num_leaves}.leading_blocks();

@@ -46,17 +46,20 @@ extern "C" int32_t places_of_some(int32_t total, int32_t row_tiles, int32_t long
   return etap::make_partition(total, row_tiles, longest, num_ctas, rows, empty_places)
       .places_of_row_tiles(some, some_tiles);
 }
+static etap::FixedSplit cut_into_parts(int32_t tiles, int32_t split_tiles) {
+  return etap::make_fixed_split(tiles, split_tiles, etap::kMostFixedParts);
+}
 extern "C" int32_t part_tiles(int32_t tiles, int32_t split_tiles) {
-  return etap::make_fixed_split(tiles, split_tiles).part_tiles;
+  return cut_into_parts(tiles, split_tiles).part_tiles;
 }
 extern "C" int32_t num_parts(int32_t tiles, int32_t split_tiles) {
-  return etap::make_fixed_split(tiles, split_tiles).num_parts();
+  return cut_into_parts(tiles, split_tiles).num_parts();
 }
 extern "C" int32_t first_part_from(int32_t tiles, int32_t split_tiles, int32_t tile) {
-  return etap::make_fixed_split(tiles, split_tiles).first_part_from(tile);
+  return cut_into_parts(tiles, split_tiles).first_part_from(tile);
 }
 extern "C" int32_t part_begin(int32_t tiles, int32_t split_tiles, int32_t part) {
-  return etap::make_fixed_split(tiles, split_tiles).begin(part);
+  return cut_into_parts(tiles, split_tiles).begin(part);
 }
 extern "C" int32_t log_merge_shares(int32_t num_parts) { return etap::log_merge_shares(num_parts); }
 extern "C" int32_t bound(int32_t queries, int32_t batch, int32_t heads, int32_t row_tile,
@@ -70,6 +73,7 @@ extern "C" int32_t bound(int32_t queries, int32_t batch, int32_t heads, int32_t 
 }
 extern "C" int32_t add(int32_t a, int32_t b) { return etap::saturating_add(a, b); }
 extern "C" int32_t multiply(int32_t a, int32_t b) { return etap::saturating_multiply(a, b); }
+extern "C" int32_t divide_up(int32_t a, int32_t b) { return etap::divide_up(a, b); }
 """
 
 
@@ -348,3 +352,11 @@ def test_fixed_parts_of_any_length(partition, tiles, split):
 def test_counts_saturate_instead_of_wrapping(partition, a, b):
     assert partition.add(a, b) == min(a + b, MAX_TILES)
     assert partition.multiply(a, b) == min(a * b, MAX_TILES)
+
+
+@given(a=st.integers(0, MAX_TILES), b=st.integers(1, MAX_TILES))
+@example(a=MAX_TILES, b=MAX_TILES)
+@example(a=MAX_TILES, b=1)
+@example(a=0, b=MAX_TILES)
+def test_division_rounds_up_without_wrapping(partition, a, b):
+    assert partition.divide_up(a, b) == -(-a // b)
