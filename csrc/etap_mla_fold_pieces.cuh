@@ -26,10 +26,11 @@ __device__ void list_fold_pieces(Params const& params, CtaWork const& work,
   int32_t const leading_blocks = FoldPieces{0, begin_of(1), num_leaves}.leading_blocks();
   int32_t const has_leading = leading_blocks > 0;
   int32_t pieces_before = has_leading, groups_before = has_leading;
+  // A lane's leaves end where the next lane's begin. The last lane, which has no next, has none.
 #pragma unroll 1
-  for (int32_t first = 0; first < num_ctas; first += 32) {
-    int32_t const part = first + lane;
-    FoldPieces const own = {begin_of(part), part < num_ctas ? begin_of(part + 1) : 0, num_leaves};
+  for (int32_t first = 0; first < num_ctas; first += 31) {
+    int32_t const part = first + lane, begin = begin_of(part);
+    FoldPieces const own = {begin, __shfl_down_sync(0xffffffff, begin, 1), num_leaves};
     int32_t count = 0, groups = 0;
     for (int32_t leaf = own.first_leaf(); leaf < own.end; leaf = own.end_of_piece(leaf)) {
       ++count;

@@ -98,7 +98,7 @@ struct FoldPieces {
 // whole quads of the last block, leaves of the last quad) come those for one that goes on in a
 // later CTA (its leading blocks, whole quads, leaves).
 constexpr int32_t kFoldSlotsOfBeginning = 3;
-ETAP_HOST_DEVICE int32_t count_fold_slots(int32_t most_leaves) {
+ETAP_HOST_DEVICE constexpr int32_t count_fold_slots(int32_t most_leaves) {
   if (most_leaves <= 1) return 0;
   constexpr int32_t kOfContinuation =
       kQuadLeaves - 1 + kBlockLeaves / kQuadLeaves - 1 + kMostBlocks - 2 + 2;

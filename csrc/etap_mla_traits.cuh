@@ -139,10 +139,13 @@ struct alignas(16) FoldPieceList {
 
   __device__ int32_t num_groups() const { return begin_of_block[num_blocks]; }
 
-  int16_t begin_of_block[kMostLeaves / kQuadLeaves + 1];  // its first group
+  int16_t begin_of_block[kMostBlocks + 1];                // its first group
   int16_t begin_of_group[kMostLeaves / kQuadLeaves + 1];  // its first piece
   Piece pieces[kMostLeaves];
 };
+constexpr int32_t kMostSms = 144;  // of a GH100, the chip of sm_90a; as many CTAs have slots
+static_assert(kMostSms * count_fold_slots(kMostLeaves) <= INT16_MAX, "Piece::slot has 16 bits");
+static_assert(sizeof(FoldPieceList) % sizeof(int4) == 0, "lists are copied in words of 16 bytes");
 
 // What a CTA keeps of a call for the next one, which is like it but for the layer, most of the
 // time. Larger batches than that of one request a thread are not kept.
