@@ -186,10 +186,11 @@ class FoldingMath : protected MathOutput<Traits> {
   using Base = MathOutput<Traits>;
 
  protected:
-  using Base::begin_output, Base::has_row, Base::kRowBlocks, Base::kRows, Base::last_max,
-      Base::output_, Base::row, Base::row_sum_of_thread, Base::segment, Base::shared_,
-      Base::splits_probability, Base::store_row_sums, Base::sum_slot_, Base::sync_math,
-      Base::tile_number_, Base::total_sum, Base::write_output, Base::write_partial, Base::write_row;
+  using Base::begin_output, Base::for_each_of_half, Base::has_row, Base::kElementsPerHalf,
+      Base::kRows, Base::last_max, Base::output_, Base::row, Base::row_sum_of_thread, Base::segment,
+      Base::shared_, Base::splits_probability, Base::store_row_sums, Base::sum_slot_,
+      Base::sync_math, Base::tile_number_, Base::total_sum, Base::write_output, Base::write_partial,
+      Base::write_row;
   static_assert(Traits::kLongestSplitPRequest <= kBlockLeaves * kTokenTile, "see row_tile_output");
 
   using Base::Base;
@@ -252,13 +253,9 @@ class FoldingMath : protected MathOutput<Traits> {
  private:
   __device__ void join_leaf() {
     if (splits_probability()) {
-#pragma unroll
-      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-#pragma unroll
-        for (int32_t i = 0; i < 4 * kRowBlocks; ++i) {
-          output_[box](i) += output_[box](4 * kRowBlocks + i);
-        }
-      }
+      for_each_of_half(0, [this](float& value, int32_t box, int32_t i) {
+        value += output_[box](kElementsPerHalf + i);
+      });
     }
     float leaf_max[kRows];
 #pragma unroll
@@ -271,16 +268,12 @@ class FoldingMath : protected MathOutput<Traits> {
   // What is joined of the row tile lies where low parts would be. A request that has those has one
   // block, and then none is added to any more.
   __device__ float& row_tile_output(int32_t box, int32_t block, int32_t i) {
-    return output_[box]((kRowBlocks + block) * 4 + i);
+    return output_[box](kElementsPerHalf + block * 4 + i);
   }
 
   __device__ void join_block() {
     if (splits_probability()) {
-#pragma unroll
-      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-#pragma unroll
-        for (int32_t i = 0; i < 4 * kRowBlocks; ++i) output_[box](4 * kRowBlocks + i) = 0.f;
-      }
+      for_each_of_half(1, [](float& value, int32_t, int32_t) { value = 0.f; });
     }
     fold_output<Traits>([this](int32_t box, int32_t block,
                                int32_t i) -> float& { return row_tile_output(box, block, i); },

@@ -27,9 +27,10 @@ using MathBase = std::conditional_t<Traits::kFolds, FoldingMath<Traits>, MathOut
 template <class Traits>
 class MathWarpgroup : MathBase<Traits> {
   using Base = MathBase<Traits>;
-  using Base::begin_output, Base::has_row, Base::is_first_tile_, Base::kRowBlocks, Base::kRows,
-      Base::kRowTile, Base::last_max, Base::output_, Base::over_warps, Base::params_, Base::row,
-      Base::row_sum_, Base::row_sum_of_thread, Base::segment, Base::segment_number_, Base::shared_,
+  using Base::begin_output, Base::for_each_of_half, Base::has_row, Base::is_first_tile_,
+      Base::kElementsPerHalf, Base::kRowBlocks, Base::kRows, Base::kRowTile, Base::last_max,
+      Base::output_, Base::over_warps, Base::params_, Base::row, Base::row_sum_,
+      Base::row_sum_of_thread, Base::segment, Base::segment_number_, Base::shared_,
       Base::splits_probability, Base::store_row_sums, Base::sync_math, Base::thread_,
       Base::tile_number_, Base::write_output, Base::write_partial, Base::write_row;
   using typename Base::DType, typename Base::SharedStorage;
@@ -199,17 +200,11 @@ class MathWarpgroup : MathBase<Traits> {
       if (!owns_tile()) row_sum_[i] *= factor[i];
     }
     if (!__any_sync(0xffffffff, is_raised)) return;
-    auto const rescale = [&](int32_t first, int32_t end) {
-#pragma unroll
-      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-#pragma unroll
-        for (int32_t i = first; i < end; ++i) {
-          output_[box](i) *= factor[i / 4 % kRowBlocks * 2 + i % 2];
-        }
-      }
+    auto const rescale = [&](float& value, int32_t, int32_t i) {
+      value *= factor[i / 4 * 2 + i % 2];
     };
-    rescale(0, 4 * kRowBlocks);
-    if (splits_probability()) rescale(4 * kRowBlocks, 8 * kRowBlocks);
+    for_each_of_half(0, rescale);
+    if (splits_probability()) for_each_of_half(1, rescale);
   }
 
   // Writes P^T of kStoreBlocks blocks of 8 rows as WGMMA's B operand: [row][token], and the low
@@ -332,7 +327,7 @@ class MathWarpgroup : MathBase<Traits> {
     sync_math();
     // The high and the low part of P each made a part of O^T; only their sum matters.
     auto const output = [this](int32_t box, int32_t block, int32_t i) {
-      return output_[box](block * 4 + i) + output_[box]((kRowBlocks + block) * 4 + i);
+      return output_[box](block * 4 + i) + output_[box](kElementsPerHalf + block * 4 + i);
     };
     if (segment().is_whole()) {
       write_output(output);

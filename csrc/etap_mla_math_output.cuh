@@ -32,6 +32,7 @@ class MathOutput {
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kRows = Traits::kRowsPerThread;
+  static constexpr int kElementsPerHalf = 4 * kRowBlocks;  // of a thread, in a box of O^T
 
   __device__ MathOutput(Params const& params, SharedStorage& shared)
       : params_(params), shared_(shared) {}
@@ -46,6 +47,18 @@ class MathOutput {
 
   __device__ static void sync_math() {
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+  }
+
+  // `f(value, box, i)` for this thread's elements of O^T in one half of the columns: 0, which P's
+  // high parts make, or 1, which its low parts do.
+  template <class Function>
+  __device__ __forceinline__ void for_each_of_half(int32_t half, Function const& f) {
+#pragma unroll
+    for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
+#pragma unroll
+      for (int32_t i = 0; i < kElementsPerHalf; ++i)
+        f(output_[box](half * kElementsPerHalf + i), box, i);
+    }
   }
 
   // Of a segment or a leaf: the first tile's products do not add to what is there.
