@@ -31,9 +31,11 @@ constexpr auto kCacheHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRS
 
 // 16 bytes of the cache to shared memory, or zeros. CUTLASS's cp_async_zfill() takes no hint.
 __device__ __forceinline__ void copy_chunk(void* target, void const* source, bool exists) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
-                   cute::cast_smem_ptr_to_uint(target)),
-               "l"(source), "r"(exists ? 16 : 0), "l"(kCacheHint));
+  uint32_t const address = cute::cast_smem_ptr_to_uint(target);
+  int32_t const bytes = exists ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+               :
+               : "r"(address), "l"(source), "r"(bytes), "l"(kCacheHint));
 }
 
 // A place in the ring of boxes and the parity of the lap it belongs to.

@@ -247,7 +247,8 @@ struct Params {
   // Workspace. A CTA leaves at most two partial results: the end of a row tile that began in an
   // earlier CTA (slot 2c) and the beginning of one that ends in a later CTA (slot 2c + 1). In
   // batch-invariant calls part p of row tile r has slot r * most_parts + p; in those that fold, CTA
-  // c leaves its pieces in fold_slots slots from c * fold_slots on, the last two for beginnings.
+  // c leaves its pieces in fold_slots slots from c * fold_slots on, of which the last
+  // kFoldSlotsOfBeginning are for beginnings.
   float* partial_out;  // [slots, 512 * row_tile], in the order of accumulator fragments
   float2* partial_ml;  // [slots, row_tile]: running maximum (base 2) and sum
   MergeDescriptor* merge_descriptors;  // [most_row_tiles]
@@ -281,7 +282,8 @@ struct EtapMlaTraits {
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
   static constexpr bool kGuessesPages = true;
   static constexpr bool kPairsRowTiles = false;
-  // Batch-invariant calls: registers for three outputs, the leaf's, the block's and the row tile's.
+  // Batch-invariant calls: registers for three outputs, the leaf's, the quad's and the block's; the
+  // row tile's lies where low parts of P would make theirs.
   static constexpr bool kFolds = kRowTile <= 16;
   static constexpr int kSumSlots = kFolds ? 2 : 1;
 
