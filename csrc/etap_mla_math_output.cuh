@@ -6,6 +6,7 @@
  */
 #pragma once
 
+#include "etap_mla_math_segment.cuh"
 #include "etap_mla_math_thread.cuh"
 #include "etap_mla_output.cuh"
 #include "etap_mla_wgmma.cuh"
@@ -25,25 +26,21 @@ struct RowStatistics {
 };
 
 template <class Traits>
-class MathOutput {
+class MathOutput : protected MathSegment<Traits> {
+  using Base = MathSegment<Traits>;
+
  protected:
+  using Base::params_, Base::segment, Base::segment_number_, Base::shared_;
   using DType = typename Traits::DType;
-  using SharedStorage = typename Traits::SharedStorage;
+  using typename Base::SharedStorage;
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRowBlocks = kRowTile / 8;
   static constexpr int kRows = Traits::kRowsPerThread;
   static constexpr int kElementsPerHalf = 4 * kRowBlocks;  // of a thread, in a box of O^T
 
-  __device__ MathOutput(Params const& params, SharedStorage& shared)
-      : params_(params), shared_(shared) {}
+  using Base::Base;
 
   __device__ int32_t row(int32_t i) const { return thread_.row(i); }
-
-  __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
-
-  __device__ bool splits_probability() const {
-    return segment().request.kv_len <= Traits::kLongestSplitPRequest;
-  }
 
   __device__ static void sync_math() {
     cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
@@ -146,14 +143,11 @@ class MathOutput {
     params_.partial_ml[slot * kRowTile + threadIdx.x] = make_float2(row.max, row.sum);
   }
 
-  Params const& params_;
-  SharedStorage& shared_;
   MathThread const thread_;
 
-  uint32_t segment_number_ = 0;  // of this CTA
-  uint32_t tile_number_ = 0;     // of this CTA, over all its segments
-  bool is_first_tile_;           // of the segment or leaf
-  int32_t sum_slot_ = 0;         // of shared_.row_sum; leaves take turns at two
+  uint32_t tile_number_ = 0;  // of this CTA, over all its segments
+  bool is_first_tile_;        // of the segment or leaf
+  int32_t sum_slot_ = 0;      // of shared_.row_sum; leaves take turns at two
 
   // Two halves of columns: those of P's high parts and those of its low parts.
   decltype(partition_fragment_C(

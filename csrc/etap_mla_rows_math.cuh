@@ -17,6 +17,7 @@
 #include <cute/arch/copy_sm90.hpp>
 
 #include "etap_mla_loader.cuh"
+#include "etap_mla_math_segment.cuh"
 #include "etap_mla_output.cuh"
 #include "etap_mla_rows_traits.cuh"
 #include "etap_mla_wgmma.cuh"
@@ -26,28 +27,23 @@ namespace etap {
 // Of the score warpgroup's threads. P and what goes with it have mbarriers: named ones at which a
 // side arrives without waiting are as fast, but compute-sanitizer's racecheck loses track there. It
 // follows mbarriers, if every thread that stored or read something arrives.
-constexpr uint32_t kScoreBarrier = 0;
+constexpr uint32_t kScoreBarrier = 3;
 
 // What both kinds of warpgroups know. A thread has two rows of its warp's 16: lane / 4, and that
 // plus 8.
 template <class Traits>
-class RowsWarpgroup {
+class RowsWarpgroup : protected MathSegment<Traits> {
+  using Base = MathSegment<Traits>;
+
  protected:
+  using Base::params_, Base::segment, Base::segment_number_, Base::shared_;
   using DType = typename Traits::DType;
-  using SharedStorage = typename Traits::SharedStorage;
   static constexpr int kRowTile = Traits::kRowTile;
   static constexpr int kRows = 2;
 
-  __device__ RowsWarpgroup(Params const& params, SharedStorage& shared)
-      : params_(params), shared_(shared) {}
+  using Base::Base;
 
   __device__ int32_t row(int32_t i) const { return warp_ * 16 + lane_ / 4 + 8 * i; }
-
-  __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
-
-  __device__ bool splits_probability() const {
-    return segment().request.kv_len <= Traits::kLongestSplitPRequest;
-  }
 
   // Waits for the next segment and its queries; false if there is none.
   __device__ __forceinline__ bool wait_for_segment() const {
@@ -81,15 +77,12 @@ class RowsWarpgroup {
                          kMathWarpgroups / kWarpgroups);
   }
 
-  Params const& params_;
-  SharedStorage& shared_;
   int32_t const thread_ = threadIdx.x % kWarpgroupThreads;
   int32_t const warp_ = cutlass::canonical_warp_idx_sync() % 4;
   int32_t const lane_ = threadIdx.x % 32;
   Multiply multiply_;
 
-  uint32_t segment_number_ = 0;  // of this CTA
-  uint32_t tile_number_ = 0;     // over all segments of this CTA
+  uint32_t tile_number_ = 0;  // over all segments of this CTA
 };
 
 template <class Traits>
@@ -367,6 +360,8 @@ class ValueWarpgroup : RowsWarpgroup<Traits> {
       }
     }
     cutlass::arch::fence_view_async_shared();
+    // Each warp's products read what all of them cleared.
+    cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kWarpgroupBarrier + warpgroup_);
   }
 
   // O of this thread's row i and column 8 * block + 2 * (lane % 4) + odd of its warpgroup's half.
