@@ -322,10 +322,6 @@ class MathWarpgroup : MathBase<Traits> {
   __device__ void finish_segment() {
     if constexpr (Traits::kFolds) {
       if (__builtin_expect(this->is_folding(), 0)) return this->finish_fold();
-    } else {
-      // The last tile's barrier orders enough, but then compute-sanitizer's racecheck loses track
-      // of the sums of 32 rows. Once a segment, there, this costs nothing measurable.
-      sync_math();
     }
     store_row_sums();
     sync_math();

@@ -96,18 +96,19 @@ struct Request {
 // for copies in words of 16 bytes.
 struct alignas(16) Segment {
   Request request;
-  int32_t row_begin;   // first packed row of the row tile, within the request
-  int32_t num_rows;    // rows of it that exist
+  int32_t row_begin;  // first packed row of the row tile, within the request
+  int16_t num_rows;   // rows of it that exist
+  bool begins_row_tile, ends_row_tile;
   int32_t packed_row;  // of its first row: query * num_heads + head over the whole batch
   int32_t tile_begin, tile_end;
   int32_t masked_tile_begin;  // from here on some row may not see all of a tile
   int32_t slot;               // of the workspace, for its partial result
   int32_t part_tiles;         // FixedSplit, in batch-invariant calls
-  bool begins_row_tile, ends_row_tile;
 
   __device__ int32_t num_tiles() const { return tile_end - tile_begin; }
   __device__ bool is_whole() const { return begins_row_tile && ends_row_tile; }
 };
+static_assert(sizeof(Segment) == 48, "short calls wait for copies of it");
 
 // What one CTA does: a range of the line. Its first segment, and where the walk over the others
 // stands behind that one.

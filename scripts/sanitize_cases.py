@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 
 import torch
 
 from etap_flashinfer import quantization
+from etap_flashinfer.dispatch import TOKEN_TILE
 
 SM_SCALE = 192**-0.5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,10 +87,18 @@ def cache_arguments(cache: torch.Tensor, kv_cache: str) -> tuple[dict, torch.Ten
 
 
 def run_case(
-    heads: int, page_size: int, dtype: str, kv_cache: str, seed: int, wrapper: object
+    heads: int,
+    page_size: int,
+    dtype: str,
+    kv_cache: str,
+    is_batch_invariant: bool,
+    seed: int,
+    wrapper: object,
 ) -> bool:
     """One launch on the GPU; True if it agrees with float64."""
     plan, run, expected = small_case(seed, heads, page_size, DTYPES[dtype], kv_cache)
+    if is_batch_invariant:
+        plan["fixed_split_size"] = TOKEN_TILE // math.gcd(page_size, TOKEN_TILE)
     plan, run = (
         {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
         for arguments in (plan, run)
@@ -100,7 +110,8 @@ def run_case(
     error = (out - expected).square().mean().sqrt()
     right = bool(error <= RMSE_BOUNDS[kv_cache] * rounding) and bool(torch.isneginf(lse[-1]).all())
     print(
-        f"{heads} heads, page {page_size}, {dtype}, {kv_cache} cache: rmse {error:.3e}, rounding "
+        f"{heads} heads, page {page_size}, {dtype}, {kv_cache} cache"
+        f"{', batch-invariant' if is_batch_invariant else ''}: rmse {error:.3e}, rounding "
         f"{rounding:.3e}, {'right' if right else 'WRONG'}",
         flush=True,
     )
@@ -120,7 +131,7 @@ def missing_variants(wrapper: object, dtypes: list[str], kv_caches: list[str]) -
 
 
 def main() -> int:
-    """All row tiles, loaders and caches, in both types unless --dtype names one."""
+    """All row tiles, loaders and caches, in both types unless --dtype names one, in both modes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -136,7 +147,9 @@ def main() -> int:
 
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
     wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace, backend="etap")
-    cells = itertools.product(options.heads, options.page_size, options.dtype, options.kv_cache)
+    cells = itertools.product(
+        options.heads, options.page_size, options.dtype, options.kv_cache, (False, True)
+    )
     results = [run_case(*cell, options.seed + index, wrapper) for index, cell in enumerate(cells)]
     torch.cuda.synchronize()
     missing = missing_variants(wrapper, options.dtype, options.kv_cache)

@@ -498,7 +498,7 @@ def test_sanitizer_cases_reach_every_variant(arguments, monkeypatch, capsys):
         def __init__(self, workspace, backend):
             pass
 
-    def run_case(heads, page_size, dtype, kv_cache, seed, wrapper):
+    def run_case(heads, page_size, dtype, kv_cache, is_batch_invariant, seed, wrapper):
         row_tile = dispatch.choose_row_tile(heads, 2, kv_cache)
         kv_loader = dispatch.choose_kv_loader(page_size)
         used[sanitize_cases.DTYPES[dtype], row_tile, kv_loader, kv_cache] = None
