@@ -25,6 +25,8 @@ from etap_flashinfer.dispatch import TOKEN_TILE
 SM_SCALE = 192**-0.5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RMSE_BOUNDS = {"same": 1.15, "fp8": 1.5, "flashmla_656": 1.15}  # times that of rounding
+# Next to a result of fp16, sums of 13 bits show (scripts/TUNING.md); as in tests/gpu.
+FP16_RMSE_BOUNDS = RMSE_BOUNDS | {"fp8": 1.6}
 WORKSPACE_BYTES = 128 * 1024 * 1024
 
 
@@ -108,7 +110,8 @@ def run_case(
     out, lse = out.cpu().double(), lse.cpu()
     rounding = (expected.to(DTYPES[dtype]).double() - expected).square().mean().sqrt()
     error = (out - expected).square().mean().sqrt()
-    right = bool(error <= RMSE_BOUNDS[kv_cache] * rounding) and bool(torch.isneginf(lse[-1]).all())
+    bounds = FP16_RMSE_BOUNDS if dtype == "fp16" else RMSE_BOUNDS
+    right = bool(error <= bounds[kv_cache] * rounding) and bool(torch.isneginf(lse[-1]).all())
     print(
         f"{heads} heads, page {page_size}, {dtype}, {kv_cache} cache"
         f"{', batch-invariant' if is_batch_invariant else ''}: rmse {error:.3e}, rounding "

@@ -17,13 +17,14 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -38,6 +39,7 @@ SANITIZER_TOOLS = {
 }
 SANITIZER_ERROR = 9
 TAIL_LINES = 25
+_REPORTED_KERNEL = re.compile(r"etap_mla_\w*kernel<(.+>)>\(etap::Params")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -165,7 +167,10 @@ def print_tail(tool: str, output: str) -> None:
 
 
 def sanitizer_outcome(status: int, output: str) -> str:
-    """Read a finished run: "clean" needs right results and the tool's own summary of no error."""
+    """Read a finished run: "clean" needs right results and the tool's own summary of no error.
+
+    Errors come with the kernels they were reported in, a failure with how many cases are right.
+    """
     lines = output.splitlines()
     if any("Device not supported" in line for line in lines):
         return "not run: compute-sanitizer does not support this device or its virtualisation"
@@ -178,8 +183,17 @@ def sanitizer_outcome(status: int, output: str) -> str:
     if status == 0 and none_found:
         return "clean"
     if status == SANITIZER_ERROR or (summaries and not none_found):
-        return f"errors: {summaries[-1].lstrip('= ')}" if summaries else "errors"
-    return f"failed with status {status}: {lines[-1] if lines else 'no output'}"
+        summary = f": {summaries[-1].lstrip('= ')}" if summaries else ""
+        kernels = reported_kernels(lines)
+        return f"errors{summary}{', in ' if kernels else ''}{', '.join(kernels)}"
+    said = [line for line in lines if "cases right" in line] or lines or ["no output"]
+    return f"failed with status {status}: {said[-1]}"
+
+
+def reported_kernels(lines: Sequence[str]) -> list[str]:
+    """The instantiations, by their traits, that a sanitizer's reports name."""
+    found = {match[1] for line in lines if (match := _REPORTED_KERNEL.search(line))}
+    return sorted(re.sub(r"\((?:\w+::)?\w+\)|\w+::", "", name) for name in found)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -477,7 +477,20 @@ def test_table_without_evidence_fails(project, capsys):
             "errors: RACE",
         ),
         (9, "========= ERROR SUMMARY: 3 errors", "errors: ERROR SUMMARY: 3 errors"),
-        (1, "1 of 2 cases right\n========= ERROR SUMMARY: 0 errors", "failed with status 1"),
+        (
+            9,
+            "========= Error: Race reported between Write access at void "
+            "etap::etap_mla_kernel<etap::EtapMlaTraits<cutlass::bfloat16_t, (int)8, "
+            "(etap::KvLoader)0>>(etap::Params, CUtensorMap_st, CUtensorMap_st)+0xfb60\n"
+            "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)",
+            "errors: RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings), in "
+            "EtapMlaTraits<bfloat16_t, 8, 0>",
+        ),
+        (
+            1,
+            "1 of 2 cases right\n========= ERROR SUMMARY: 0 errors",
+            "failed with status 1: 1 of 2 cases right",
+        ),
         (0, "no summary at all", "failed with status 0"),
         (0, "", "failed with status 0"),
         (1, "========= Error: Device not supported.", "not run"),
