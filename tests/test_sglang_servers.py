@@ -30,3 +30,26 @@ def test_says_so_if_no_port_is_free(monkeypatch):
     monkeypatch.setattr(servers, "_candidates", iter(()))
     with pytest.raises(servers.ServerError, match="no port is free"):
         servers.free_port()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Ranges that the test's scripts have, given back at its end; below those of real ones."""
+    monkeypatch.setattr(servers, "PORTS_BEGIN", 10_000)
+    monkeypatch.setattr(servers, "PORTS_OF_SCRIPT", 20)
+    monkeypatch.setattr(servers, "SCRIPTS", 4)
+    holders: list[socket.socket] = []
+    monkeypatch.setattr(servers, "_held", holders)
+    yield holders
+    for holder in holders:
+        holder.close()
+
+
+def test_scripts_at_the_same_time_have_other_ports(held):
+    ranges = [list(servers.own_ports()) for _ in range(4)]
+    assert [len(ports) for ports in ranges] == [19] * 4
+    assert len({port for ports in ranges for port in ports}) == 4 * 19
+    with pytest.raises(servers.ServerError, match="4 other scripts"):
+        next(servers.own_ports())
+    held.pop(1).close()
+    assert list(servers.own_ports()) == ranges[1]

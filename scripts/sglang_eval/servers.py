@@ -31,8 +31,32 @@ def log(text: str) -> None:
 PORTS_BEGIN = 12_000
 PORTS_OF_SCRIPT = 2_000
 SCRIPTS = 10
-_first = PORTS_BEGIN + os.getpid() % SCRIPTS * PORTS_OF_SCRIPT
-_candidates = iter(range(_first, _first + PORTS_OF_SCRIPT))
+_held: list[socket.socket] = []
+
+
+def own_ports() -> Iterator[int]:
+    """Ports that no other of these scripts gives its servers: who holds a range's first has it.
+
+    Raises
+    ------
+    ServerError
+        If other scripts have all ranges.
+    """
+    for number in range(SCRIPTS):
+        first = PORTS_BEGIN + (os.getpid() + number) % SCRIPTS * PORTS_OF_SCRIPT
+        holder = socket.socket()
+        try:
+            holder.bind(("127.0.0.1", first))
+        except OSError:
+            holder.close()
+            continue
+        _held.append(holder)  # as long as this process lives
+        yield from range(first + 1, first + PORTS_OF_SCRIPT)
+        return
+    raise ServerError(f"{SCRIPTS} other scripts have servers here")
+
+
+_candidates = own_ports()
 
 
 def free_port() -> int:
