@@ -67,6 +67,11 @@ def choose_kv_loader(page_size: int) -> KvLoader:
     return "tma" if math.gcd(page_size, TOKEN_TILE) >= MIN_ROWS_PER_COPY else "gather"
 
 
+def pages_of_smallest_part(page_size: int) -> int:
+    """Pages that parts of batch-invariant calls have a multiple of: whole token tiles."""
+    return TOKEN_TILE // math.gcd(page_size, TOKEN_TILE)
+
+
 def etap_device_refusal(device: torch.device) -> str | None:
     """Say why the ETAP kernel can't run on ``device``; None if it can."""
     needed = "it runs on Hopper GPUs (compute capability 9.0)"

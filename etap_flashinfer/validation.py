@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .dispatch import TOKEN_TILE
+from .dispatch import TOKEN_TILE, pages_of_smallest_part
 
 # What the checks of a tensor of ``run``, or of several, look at; empty for what is no tensor.
 Layout = tuple[Any, ...]
@@ -98,7 +98,7 @@ def check_fixed_split_size(pages: Any, page_size: int) -> None:
     if not isinstance(pages, int) or isinstance(pages, bool):
         raise TypeError(f"fixed_split_size is {pages!r}; it must be an int or None")
     if pages < 1 or pages * page_size % TOKEN_TILE:
-        step = TOKEN_TILE // math.gcd(page_size, TOKEN_TILE)
+        step = pages_of_smallest_part(page_size)
         raise ValueError(
             f"fixed_split_size is {pages} pages of {page_size} tokens; it must be a positive "
             f"multiple of {step} pages: parts are multiples of {TOKEN_TILE} tokens"

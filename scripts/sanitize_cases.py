@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import sys
 
 import torch
 
-from etap_flashinfer import quantization
-from etap_flashinfer.dispatch import TOKEN_TILE
+from etap_flashinfer import dispatch, quantization
 
 SM_SCALE = 192**-0.5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,7 +98,7 @@ def run_case(
     """One launch on the GPU; True if it agrees with float64."""
     plan, run, expected = small_case(seed, heads, page_size, DTYPES[dtype], kv_cache)
     if is_batch_invariant:
-        plan["fixed_split_size"] = TOKEN_TILE // math.gcd(page_size, TOKEN_TILE)
+        plan["fixed_split_size"] = dispatch.pages_of_smallest_part(page_size)
     plan, run = (
         {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
         for arguments in (plan, run)

@@ -30,7 +30,7 @@ from typing import Any
 
 from decode_bench import evidence, report
 
-# racecheck is slow: each variant runs once.
+# racecheck is slow: each variant runs once, batch-invariant and not.
 SANITIZER_TOOLS = {
     "memcheck": (),
     "racecheck": ("--heads", "4", "8", "16", "32", "--page-size", "1", "64"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
+
+from etap_flashinfer import dispatch
 
 DTYPES = ("bf16", "fp16")
 FLASHMLA_SHARE = 0.2  # of the cases with FlashMLA's fp8 cache
@@ -197,7 +198,7 @@ def _draw_fixed_split(
     chosen: random.Random, page_size: int, heads: int, queries: int
 ) -> int | None:
     """A few parts' size, in pages; None mostly, and where 64 parts of each row take too much."""
-    pages = TOKEN_TILE // math.gcd(page_size, TOKEN_TILE) * chosen.choice((1, 1, 2, 3, 8, 32))
+    pages = dispatch.pages_of_smallest_part(page_size) * chosen.choice((1, 1, 2, 3, 8, 32))
     rows = queries * (next(n for n in (8, 16, 32, 64, 128) if heads <= n))
     return pages if chosen.random() < 0.2 and rows <= LARGEST_FIXED_SPLIT_ROWS else None
 
