@@ -61,6 +61,9 @@ int32_t prepare_device(int32_t device) {
   int32_t num_sms = num_sms_of[device].load(std::memory_order_acquire);
   if (num_sms == 0) {
     ETAP_CHECK_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+    TVM_FFI_CHECK(num_sms <= kMostSms, RuntimeError)
+        << "device " << device << " has " << num_sms << " SMs; at most " << kMostSms
+        << " are allowed";
     num_sms = std::min(num_sms, kMostCtas);
     ETAP_CHECK_CUDA(cudaFuncSetAttribute(etap_mla_kernel<Traits>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize,

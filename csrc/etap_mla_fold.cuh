@@ -189,8 +189,7 @@ class FoldingMath : protected MathOutput<Traits> {
   using Base::begin_output, Base::for_each_of_half, Base::has_row, Base::kElementsPerHalf,
       Base::kRows, Base::last_max, Base::output_, Base::row, Base::row_sum_of_thread, Base::segment,
       Base::shared_, Base::splits_probability, Base::store_row_sums, Base::sum_slot_,
-      Base::sync_math, Base::tile_number_, Base::total_sum, Base::write_output, Base::write_partial,
-      Base::write_row;
+      Base::tile_number_, Base::total_sum, Base::write_output, Base::write_partial, Base::write_row;
   static_assert(Traits::kLongestSplitPRequest <= kBlockLeaves * kTokenTile, "see row_tile_output");
 
   using Base::Base;

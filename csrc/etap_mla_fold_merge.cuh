@@ -20,8 +20,7 @@ namespace etap {
 template <class Traits>
 class FoldMerge : MergeOfUnits<Traits> {
   using Base = MergeOfUnits<Traits>;
-  using Base::count_, Base::kUnitsOfBox, Base::lane_, Base::params_, Base::rank_, Base::sync,
-      Base::warp_;
+  using Base::count_, Base::kUnitsOfBox, Base::lane_, Base::params_, Base::rank_, Base::warp_;
   static constexpr int kUnits = Base::kUnitsPerRowTile;
   static constexpr int kRowTile = Traits::kRowTile;
 
@@ -81,7 +80,7 @@ class FoldMerge : MergeOfUnits<Traits> {
     }
     cutlass::arch::cp_async_fence();
     cutlass::arch::cp_async_wait<0>();
-    sync();
+    sync_math();
     auto const place_of_group = [&](int32_t group) { return list.begin_of_group[group]; };
     auto const place_of_block = [&](int32_t block) {
       return place_of_group(list.begin_of_block[block]);
@@ -95,7 +94,7 @@ class FoldMerge : MergeOfUnits<Traits> {
         write_piece(pieces[first], joined);
       }
     }
-    sync();
+    sync_math();
 #pragma unroll 1
     for (int32_t block = share; has_unit && block < list.num_blocks; block += num_shares) {
       int32_t const first = list.begin_of_block[block];
@@ -106,7 +105,7 @@ class FoldMerge : MergeOfUnits<Traits> {
         write_piece(pieces[place_of_group(first)], joined);
       }
     }
-    sync();
+    sync_math();
     if (!has_unit || share > 0) return;
     auto joined = JoinedParts<1>::none();
 #pragma unroll 1

@@ -27,6 +27,7 @@
 #include "etap_mla_fp8_scores.cuh"
 #include "etap_mla_fp8_traits.cuh"
 #include "etap_mla_loader.cuh"
+#include "etap_mla_math_segment.cuh"
 #include "etap_mla_math_thread.cuh"
 #include "etap_mla_output.cuh"
 
@@ -45,7 +46,9 @@ __device__ __forceinline__ int32_t comparable_bits(int32_t float_bits) {
 }
 
 template <class Traits>
-class Fp8MathWarpgroup {
+class Fp8MathWarpgroup : MathSegment<Traits> {
+  using Base = MathSegment<Traits>;
+  using Base::params_, Base::segment, Base::segment_number_, Base::shared_;
   using DType = typename Traits::DType;
   using Operand = typename Traits::Operand;
   using SharedStorage = typename Traits::SharedStorage;
@@ -60,7 +63,7 @@ class Fp8MathWarpgroup {
 
  public:
   __device__ Fp8MathWarpgroup(Params const& params, SharedStorage& shared)
-      : params_(params), shared_(shared), scores_(params, shared, thread_) {}
+      : Base(params, shared), scores_(params, shared, thread_) {}
 
   __device__ void run() {
     while (begin_segment()) {
@@ -89,8 +92,6 @@ class Fp8MathWarpgroup {
   }
 
  private:
-  __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
-
   // Whether this warpgroup's tile of the pair exists: the last pair may be a single tile.
   __device__ bool has_tile() const { return tile_ + thread_.warpgroup < segment().tile_end; }
   __device__ bool is_single_tile() const { return tile_ + 1 == segment().tile_end; }
@@ -159,7 +160,7 @@ class Fp8MathWarpgroup {
           });
       if constexpr (kHasTokenScales) scores_.scales().share_largest();
     }
-    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+    sync_math();
   }
 
   // Takes the pair's maxima into account; O^T and l are brought to the new reference if there is
@@ -311,7 +312,7 @@ class Fp8MathWarpgroup {
     cutlass::arch::fence_view_async_shared();
     bool const is_last_pair = tile_ + kMathWarpgroups >= segment().tile_end;
     if (is_last_pair) arrive_once_per_warp(&shared_.query_empty, 1);
-    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+    sync_math();
   }
 
   // --- O^T --------------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ class Fp8MathWarpgroup {
         [this](int32_t row_of_tile, float sum) {
           shared_.warp_sum[row_of_tile][4 * thread_.warpgroup + thread_.warp] = sum;
         });
-    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+    sync_math();
     write_fp8_segment<Traits>(
         params_, segment(), thread_, [this](int32_t box) -> auto& { return output_[box]; },
         [this](int32_t box) { return output_scale(box); },
@@ -382,8 +383,6 @@ class Fp8MathWarpgroup {
     return params_.ckv_scale;
   }
 
-  Params const& params_;
-  SharedStorage& shared_;
   // Parts of this object have copies of it: a pointer into the object would keep all of it, the
   // accumulators too, in memory.
   MathThread const thread_;
@@ -392,7 +391,6 @@ class Fp8MathWarpgroup {
   RingPosition ring_;            // box 0 of the pair
   int32_t tile_;                 // first of the pair
   uint32_t reference_slot_ = 0;  // of r, for the current pair
-  uint32_t segment_number_ = 0;  // of this CTA
 
   using Accumulator =
       decltype(partition_fragment_C(typename Traits::Mma{}, Shape<_64, Int<kRowTile>>{}));

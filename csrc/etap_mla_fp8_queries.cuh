@@ -120,7 +120,7 @@ __device__ void convert_queries_to_fp16(Params const& params,
     converter.convert_row(row);
   }
   cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+  sync_math();
 }
 
 }  // namespace etap

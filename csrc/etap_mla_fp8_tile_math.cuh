@@ -28,12 +28,15 @@
 #include "etap_mla_fp8_queries.cuh"
 #include "etap_mla_fp8_scores.cuh"
 #include "etap_mla_fp8_tile_sums.cuh"
+#include "etap_mla_math_segment.cuh"
 #include "etap_mla_math_thread.cuh"
 
 namespace etap {
 
 template <class Traits>
-class Fp8TileMathWarpgroup {
+class Fp8TileMathWarpgroup : MathSegment<Traits> {
+  using Base = MathSegment<Traits>;
+  using Base::params_, Base::segment, Base::segment_number_, Base::shared_;
   using DType = typename Traits::DType;
   using Code = typename Traits::Code;
   using SharedStorage = typename Traits::SharedStorage;
@@ -48,7 +51,7 @@ class Fp8TileMathWarpgroup {
 
  public:
   __device__ Fp8TileMathWarpgroup(Params const& params, SharedStorage& shared)
-      : params_(params), shared_(shared) {}
+      : Base(params, shared) {}
 
   __device__ __forceinline__ void run() {
     while (begin_segment()) {
@@ -69,8 +72,6 @@ class Fp8TileMathWarpgroup {
   }
 
  private:
-  __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
-
   __device__ bool has_one_tile() const { return segment().num_tiles() == 1; }
 
   // Of the segment, the first tile that this warpgroup works on.
@@ -111,7 +112,7 @@ class Fp8TileMathWarpgroup {
     arrive_once_per_warp(&shared_.query_empty, 1);
     if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end();
     cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+    sync_math();
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) weight[i] = 1.f;  // r is R
     accumulate_output<1>(weight, shared_.probability[0]);
@@ -371,7 +372,7 @@ class Fp8TileMathWarpgroup {
     sums_.share_statistics(shared_, thread_);
     sync_warpgroup();  // nobody reads the tile any more
     sums_.give_half(ckv_codes(own_tile), thread_);
-    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+    sync_math();
     sums_.take_half(ckv_codes(other_tile), shared_, thread_);
     release_tile<1>(other_tile);
   }
@@ -384,14 +385,11 @@ class Fp8TileMathWarpgroup {
         [this](int32_t row) { return TileSums::total_sum(shared_, row); });
   }
 
-  Params const& params_;
-  SharedStorage& shared_;
   MathThread const thread_;
 
-  RingPosition ring_;            // box 0 of the tile
-  int32_t tile_;                 // of the request
-  uint32_t tiles_before_ = 0;    // this CTA's, in the segments before
-  uint32_t segment_number_ = 0;  // of this CTA
+  RingPosition ring_;          // box 0 of the tile
+  int32_t tile_;               // of the request
+  uint32_t tiles_before_ = 0;  // this CTA's, in the segments before
 
   TileScores<Traits> scores_;
   typename TileScores<Traits>::Accumulator kpe_scores_;

@@ -31,8 +31,8 @@ class MathWarpgroup : MathBase<Traits> {
       Base::kElementsPerHalf, Base::kRowBlocks, Base::kRows, Base::kRowTile, Base::last_max,
       Base::output_, Base::over_warps, Base::params_, Base::row, Base::row_sum_,
       Base::row_sum_of_thread, Base::segment, Base::segment_number_, Base::shared_,
-      Base::splits_probability, Base::store_row_sums, Base::sync_math, Base::thread_,
-      Base::tile_number_, Base::write_output, Base::write_partial, Base::write_row;
+      Base::splits_probability, Base::store_row_sums, Base::thread_, Base::tile_number_,
+      Base::write_output, Base::write_partial, Base::write_row;
   using typename Base::DType, typename Base::SharedStorage;
   using RingPosition = RingPosition<Traits::kRingBoxes>;
   static constexpr int kStoreBlocks = kRowBlocks == 1 ? 1 : 2;  // row blocks that stmatrix stores
@@ -49,7 +49,7 @@ class MathWarpgroup : MathBase<Traits> {
           store_probabilities();
         }
         // P is complete. The owner hardly waits: the other warpgroup had nothing else to do.
-        cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+        sync_math();
         rescale_output();
         if constexpr (Traits::kKvLoader == KvLoader::kTma) clear_tokens_past_end();
         accumulate_output();
@@ -87,8 +87,8 @@ class MathWarpgroup : MathBase<Traits> {
     if (num_tiles == 0) return false;
     tile_end_ = segment().tile_end;
     begin_output();
-#pragma unroll
-    for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) clear(output_[box]);
+    // Of the half that high parts make, the first tile's products are not added to anything.
+    this->for_each_of_half(1, [](float& value, int32_t, int32_t) { value = 0.f; });
     if constexpr (Traits::kFolds) this->begin_fold();
     // A warpgroup without a tile of its own in this segment has no use for Q.
     if (num_tiles == 1 && !owns_tile()) arrive_once_per_warp(&shared_.query_empty, 1);

@@ -42,10 +42,6 @@ class MathOutput : protected MathSegment<Traits> {
 
   __device__ int32_t row(int32_t i) const { return thread_.row(i); }
 
-  __device__ static void sync_math() {
-    cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
-  }
-
   // `f(value, box, i)` for this thread's elements of O^T in one half of the columns: 0, which P's
   // high parts make, or 1, which its low parts do.
   template <class Function>

@@ -1,7 +1,7 @@
 /*
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
- * What a math thread knows of its CTA's segments, where the cache has the queries' type.
+ * What a math thread knows of its CTA's segments.
  */
 #pragma once
 
@@ -19,7 +19,7 @@ class MathSegment {
 
   __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
 
-  // Whether P has a low part, too.
+  // Whether P has a low part, too, where the cache has the queries' type.
   __device__ bool splits_probability() const {
     return segment().request.kv_len <= Traits::kLongestSplitPRequest;
   }

@@ -91,20 +91,6 @@ class MergeOfUnits {
   __device__ MergeOfUnits(Params const& params, int32_t rank, int32_t count)
       : params_(params), rank_(rank), count_(count) {}
 
-  template <int kUnits>
-  __device__ void load_part(JoinedParts<kUnits>& part, int32_t slot, int32_t index,
-                            int32_t row) const {
-    float const* const source = params_.partial_out + slot * (kHeadDimCkv * kRowTile) + index;
-#pragma unroll
-    for (int32_t unit = 0; unit < kUnits; ++unit) {
-      part.sum[unit] = __ldcg(reinterpret_cast<float4 const*>(source + unit * 32 * 4));
-    }
-    float4 const ml =
-        __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row));
-    part.max = {ml.x, ml.z};
-    part.total = {ml.y, ml.w};
-  }
-
   __device__ void write_unit(JoinedParts<1> const& joined, MergeDescriptor const& descriptor,
                              int32_t unit) {
     int32_t const row_block = unit / kUnitsPerBlock;
@@ -154,8 +140,6 @@ class MergeOfUnits {
     }
   }
 
-  __device__ static void sync() { cutlass::arch::NamedBarrier::sync(kMergeThreads, kMathBarrier); }
-
   Params const& params_;
   int32_t const rank_, count_;
   int32_t const warp_ = threadIdx.x / 32;
@@ -166,8 +150,7 @@ template <class Traits>
 class Merge : MergeOfUnits<Traits> {
   using Base = MergeOfUnits<Traits>;
   using Base::count_, Base::fragment, Base::kRowTile, Base::kUnitsPerBlock, Base::lane_,
-      Base::kUnitsOfBox, Base::load_part, Base::params_, Base::rank_, Base::sync, Base::warp_,
-      Base::write_box, Base::write_unit;
+      Base::kUnitsOfBox, Base::params_, Base::rank_, Base::warp_, Base::write_box, Base::write_unit;
   using typename Base::DType;
   static constexpr int kPartsInFlight = 8;
   static constexpr int kPartsInFlightOfBox = 4;
@@ -236,7 +219,7 @@ class Merge : MergeOfUnits<Traits> {
     bool const has_other_warps = log_units < 3;
     if (has_other_warps) add_shares(joined, share, num_shares, log_units);
     if (share == 0) write_unit(joined, descriptor, unit);
-    if (has_other_warps) sync();  // the next units use the same shared memory
+    if (has_other_warps) sync_math();  // the next units use the same shared memory
   }
 
   // Four units, with all parts; numbered as units are.
@@ -268,6 +251,20 @@ class Merge : MergeOfUnits<Traits> {
                                 : PartSlots{2 * number, 2};
   }
 
+  template <int kUnits>
+  __device__ void load_part(JoinedParts<kUnits>& part, int32_t slot, int32_t index,
+                            int32_t row) const {
+    float const* const source = params_.partial_out + slot * (kHeadDimCkv * kRowTile) + index;
+#pragma unroll
+    for (int32_t unit = 0; unit < kUnits; ++unit) {
+      part.sum[unit] = __ldcg(reinterpret_cast<float4 const*>(source + unit * 32 * 4));
+    }
+    float4 const ml =
+        __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row));
+    part.max = {ml.x, ml.z};
+    part.total = {ml.y, ml.w};
+  }
+
   // Adds parts first_part, + stride, ..., kInFlight of them or as many as there are.
   template <int kInFlight, int kUnits>
   __device__ void join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
@@ -294,7 +291,7 @@ class Merge : MergeOfUnits<Traits> {
   __device__ void add_shares(JoinedParts<1>& joined, int32_t share, int32_t num_shares,
                              int32_t log_units) {
     shared_.shares[warp_][lane_] = joined;
-    sync();
+    sync_math();
     if (share > 0) return;
     int32_t const end = num_shares << log_units;
     for (int32_t warp = warp_ + (1 << log_units); warp < end; warp += 1 << log_units) {

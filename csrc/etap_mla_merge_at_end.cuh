@@ -48,9 +48,8 @@ __device__ __forceinline__ void merge_split_row_tiles_of_call(
   auto const num_parts = [&merge](int32_t i) {
     return merge.split_row_tiles[i].descriptor.num_parts;
   };
-  auto const sync = [] { cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier); };
   if (num_parts(0) == 0 && num_parts(1) == 0) return;
-  sync();  // all have written their parts, and the ring is free
+  sync_math();  // all have written their parts, and the ring is free
   // By a warp each, for every trip to memory counts.
   int32_t const warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0 && warp < 2 && num_parts(warp) > 0) {
@@ -58,7 +57,7 @@ __device__ __forceinline__ void merge_split_row_tiles_of_call(
     KeptSchedule& kept = params.kept_schedules[split.number];
     merge.shares[warp] = wait_for_parts(kept.arrivals[merge.call % 2], split);
   }
-  sync();
+  sync_math();
   using Storage =
       typename std::conditional_t<kFolded, FoldMerge<Traits>, Merge<Traits>>::SharedStorage;
   static_assert(sizeof(Storage) <= sizeof(shared.ring));
@@ -75,7 +74,7 @@ __device__ __forceinline__ void merge_split_row_tiles_of_call(
       } else {
         Merge<Traits>(params, scratch, share, num_parts(i)).join_row_tile(split);
       }
-      sync();  // the scratch is used again
+      sync_math();  // the scratch is used again
     }
   }
 }

@@ -268,22 +268,23 @@ class SegmentWalk {
     segment.tile_end = tile + (work_.end - position_);
     if (segment.tile_end <= 0) return false;  // the range ends before the row tile's first tile
     segment.slot = 2 * worker.cta() + (segment.tile_begin == 0 ? 1 : 0);
-    if (folds<Traits>(params_)) {
-      FixedSplit const leaves = split_row_tile<Traits>(params_, tiles);
-      segment.part_tiles = leaves.part_tiles;
-      segment.tile_end =
-          leaves.begin(leaves_before_cut(leaves, segment.tile_end, work_.granule_leaves));
-      // The first slot of a beginning is left to the leading blocks.
-      segment.slot = worker.cta() * params_.fold_slots +
-                     (segment.tile_begin == 0 ? params_.fold_slots - kFoldSlotsOfBeginning + 1 : 0);
-    } else if (params_.fixed_split_tiles > 0) {
-      // Index tensors that are wrong may have more.
-      if (row_tile_number() >= params_.most_row_tiles) return false;
+    if (__builtin_expect(params_.fixed_split_tiles > 0, 0)) {
       FixedSplit const split = split_row_tile<Traits>(params_, tiles);
       segment.part_tiles = split.part_tiles;
-      segment.tile_end = segment.tile_begin + split.part_tiles;
-      segment.slot =
-          row_tile_number() * params_.most_parts + split.first_part_from(segment.tile_begin);
+      if constexpr (Traits::kFolds) {
+        segment.tile_end =
+            split.begin(leaves_before_cut(split, segment.tile_end, work_.granule_leaves));
+        // The first slot of a beginning is left to the leading blocks.
+        segment.slot =
+            worker.cta() * params_.fold_slots +
+            (segment.tile_begin == 0 ? params_.fold_slots - kFoldSlotsOfBeginning + 1 : 0);
+      } else {
+        // Index tensors that are wrong may have more.
+        if (row_tile_number() >= params_.most_row_tiles) return false;
+        segment.tile_end = segment.tile_begin + split.part_tiles;
+        segment.slot =
+            row_tile_number() * params_.most_parts + split.first_part_from(segment.tile_begin);
+      }
     }
     segment.tile_end = min(segment.tile_end, tiles);
     segment.masked_tile_begin = visible_tokens(params_, request, segment.row_begin) / kTokenTile;

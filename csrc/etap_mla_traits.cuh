@@ -48,6 +48,11 @@ constexpr int kQueryLoadThreads = 64;
 constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
 constexpr uint32_t kMathBarrier = 2;
 
+// Of all math threads.
+__device__ __forceinline__ void sync_math() {
+  cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
+}
+
 constexpr int kSharedMemoryLimit = 227 * 1024;
 
 // kTma: bulk tensor copies; a page must hold whole groups of 8 rows (one swizzle atom).
