@@ -167,7 +167,11 @@ def validation_table(found: Found) -> str:
     counts = validation["tests"]
     rows = [
         ["GPU tests", f"{counts['passed']} passed, {counts['failed']} failed"],
-        *([f"compute-sanitizer {tool}", text] for tool, text in validation["sanitizer"].items()),
+        # Without the kernels that are named.
+        *(
+            [f"compute-sanitizer {tool}", text.split(", in ")[0]]
+            for tool, text in validation["sanitizer"].items()
+        ),
     ]
     for kind, (worst, count) in report.worst_ratios(validation["cases"]).items():
         name = f"RMSE against float64 over that of rounding alone, {kind} cache"
