@@ -167,7 +167,7 @@ def validation_table(found: Found) -> str:
     counts = validation["tests"]
     rows = [
         ["GPU tests", f"{counts['passed']} passed, {counts['failed']} failed"],
-        # Without the kernels that are named.
+        # Without the kernels that validate_gpu.py names behind it.
         *(
             [f"compute-sanitizer {tool}", text.split(", in ")[0]]
             for tool, text in validation["sanitizer"].items()
