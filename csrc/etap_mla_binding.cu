@@ -18,7 +18,7 @@
 
 #include "etap_mla_kernel.cuh"
 #include "etap_mla_merge_kernel.cuh"
-// Last: the variant's DType, kRowTile, kKvLoader and kKvCache.
+// Last: the variant's DType, kRows, kKvLoader and kKvCache.
 #include "etap_mla_config.inc"
 
 namespace etap {
@@ -27,11 +27,12 @@ namespace {
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 // 64 rows fill WGMMA's M: rows go there. Fewer go to N, which is ETAP.
-using Bf16Traits = std::conditional_t<kRowTile == 64, RowsMlaTraits<DType, kKvLoader>,
-                                      EtapMlaTraits<DType, kRowTile, kKvLoader>>;
-using Fp8Traits = std::conditional_t<kMultipliesCodes<kKvCache, kRowTile>,
-                                     Fp8TileTraits<DType, kRowTile, kKvLoader>,
-                                     EtapMlaFp8Traits<DType, kRowTile, kKvLoader, kKvCache>>;
+using RowsOnM = std::conditional_t<kRows <= 64, RowsMlaTraits<DType, kKvLoader>,
+                                   SeesawMlaTraits<DType, kKvLoader>>;
+using Bf16Traits = std::conditional_t<kRows >= 64, RowsOnM, EtapMlaTraits<DType, kRows, kKvLoader>>;
+using Fp8Traits =
+    std::conditional_t<kMultipliesCodes<kKvCache, kRows>, Fp8TileTraits<DType, kRows, kKvLoader>,
+                       EtapMlaFp8Traits<DType, kRows, kKvLoader, kKvCache>>;
 using Traits = std::conditional_t<kKvCache == KvCache::kSame, Bf16Traits, Fp8Traits>;
 using CacheElement = Traits::Boxes::Element;
 #ifdef ETAP_EMULATE_H20
@@ -76,8 +77,8 @@ int32_t prepare_device(int32_t device) {
 // Sizes of the workspace's three arrays, in this order; each is a multiple of 16 bytes.
 struct WorkspacePlan {
   WorkspacePlan(int64_t slots, int64_t descriptors)
-      : partial_out_bytes(slots * kHeadDimCkv * kRowTile * int64_t(sizeof(float))),
-        partial_ml_bytes(slots * kRowTile * int64_t(sizeof(float2))),
+      : partial_out_bytes(slots * kHeadDimCkv * Traits::kRowTile * int64_t(sizeof(float))),
+        partial_ml_bytes(slots * Traits::kRowTile * int64_t(sizeof(float2))),
         descriptor_bytes(descriptors * int64_t(sizeof(MergeDescriptor))) {}
   int64_t total() const { return partial_out_bytes + partial_ml_bytes + descriptor_bytes; }
 
@@ -95,7 +96,7 @@ WorkspacePlan plan_workspace(FixedSplitBound const& bound, int32_t num_ctas) {
 FixedSplitBound bound_call(int64_t total_queries, int64_t batch, int64_t num_heads,
                            int64_t num_kv_indices, int64_t page_size, int64_t fixed_split_tiles) {
   int64_t const longest = (num_kv_indices * page_size + kTokenTile - 1) / kTokenTile;
-  return bound_fixed_split(total_queries, batch, num_heads, kRowTile,
+  return bound_fixed_split(total_queries, batch, num_heads, Traits::kRowTile,
                            Traits::kFolds ? kMostLeaves : kMostFixedParts,
                            std::clamp<int64_t>(longest, 1, kLongestFixedSplit),
                            std::min<int64_t>(fixed_split_tiles, kLongestFixedSplit));
@@ -301,7 +302,7 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
 
   params.kept_schedules = pointer<KeptSchedule>(schedule);
   int32_t const schedule_key[kScheduleKeyWords] = {
-      kRowTile | Traits::kEmptyPlaces << 8 | int32_t(kKvCache) << 16,
+      kRows | Traits::kEmptyPlaces << 8 | int32_t(kKvCache) << 16,
       num_ctas,
       params.batch,
       params.num_heads,

@@ -49,9 +49,9 @@ template <class Traits>
 class Fp8MathWarpgroup : MathSegment<Traits> {
   using Base = MathSegment<Traits>;
   using Base::params_, Base::segment, Base::segment_number_, Base::shared_;
+  using typename Base::SharedStorage;
   using DType = typename Traits::DType;
   using Operand = typename Traits::Operand;
-  using SharedStorage = typename Traits::SharedStorage;
   using Boxes = typename Traits::Boxes;
   using RingPosition = RingPosition<Traits::kRingBoxes>;
   static constexpr int kRowTile = Traits::kRowTile;

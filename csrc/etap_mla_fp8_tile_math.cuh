@@ -37,9 +37,9 @@ template <class Traits>
 class Fp8TileMathWarpgroup : MathSegment<Traits> {
   using Base = MathSegment<Traits>;
   using Base::params_, Base::segment, Base::segment_number_, Base::shared_;
+  using typename Base::SharedStorage;
   using DType = typename Traits::DType;
   using Code = typename Traits::Code;
-  using SharedStorage = typename Traits::SharedStorage;
   using Boxes = typename Traits::Boxes;
   using RingPosition = RingPosition<Traits::kRingBoxes>;
   using TileSums = TileSums<Traits>;

@@ -83,6 +83,7 @@ struct EtapMlaFp8Traits {
            (box + kScaleBytes / Boxes::kPerTile + 1);
   }();
   static_assert(kRingBoxes >= 2 * Boxes::kPerTile, "the ring must hold the pair of tiles in work");
+  static constexpr bool kIsSeesaw = false;
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
 
@@ -215,6 +216,7 @@ struct Fp8TileTraits {
   }();
   static_assert(kStages > kMathWarpgroups, "the tiles in work, and others on their way");
   static constexpr int kRingBoxes = kStages * Boxes::kPerTile;
+  static constexpr bool kIsSeesaw = false;
   static constexpr int kBoxesPerPair = 0;
   __device__ static constexpr bool has_barrier(int32_t box) { return box == 0; }
   static_assert(kTokenTile * kRowTile * int(sizeof(float)) <= Boxes::kElements,

@@ -11,9 +11,10 @@
  *                                      workspace if other CTAs share the row tile
  *                     at last:         with those CTAs, join the parts (etap_mla_merge_at_end.cuh)
  *
- * The math differs: etap_mla_math.cuh up to 32 rows, etap_mla_rows_math.cuh for 64, which fill M
- * themselves (S = Q K^T, O = P V) and have a fourth warpgroup for S and P, etap_mla_fp8_math.cuh
- * and etap_mla_fp8_tile_math.cuh for an fp8 cache.
+ * The math differs: etap_mla_math.cuh up to 32 rows; row tiles of 64 fill M themselves (S = Q K^T,
+ * O = P V), in etap_mla_rows_math.cuh, which has a fourth warpgroup for S and P, for one of them,
+ * in etap_mla_seesaw_math.cuh for several; etap_mla_fp8_math.cuh and etap_mla_fp8_tile_math.cuh are
+ * for an fp8 cache.
  */
 #pragma once
 
@@ -26,8 +27,12 @@
 #include "etap_mla_math.cuh"
 #include "etap_mla_merge_at_end.cuh"
 #include "etap_mla_rows_math.cuh"
+#include "etap_mla_seesaw_math.cuh"
 
 namespace etap {
+
+template <class Traits>
+constexpr bool kHasScoreWarpgroup = Traits::kCtaThreads > kThreads;
 
 // One barrier a thread. By the last two warps: the first ones have the requests of small batches to
 // look at, and would only wait for the fence.
@@ -47,7 +52,7 @@ __device__ void init_barriers(typename Traits::SharedStorage& shared) {
   } else if (i == 2 * kRing + 1) {
     Barrier::init(&shared.query_empty, Traits::kQueryWarps);
   }
-  if constexpr (Traits::kCtaThreads > kThreads) {
+  if constexpr (kHasScoreWarpgroup<Traits>) {
     if (i == 2 * kRing + 2) Barrier::init(&shared.probability_full, kWarpgroupThreads);
     if (i == 2 * kRing + 3) Barrier::init(&shared.probability_empty, kMathThreads);
   }
@@ -61,7 +66,9 @@ __device__ __forceinline__ void run_math(Params const& params,
     Fp8TileMathWarpgroup<Traits>(params, shared).run();
   } else if constexpr (Traits::kKvCache != KvCache::kSame) {
     Fp8MathWarpgroup<Traits>(params, shared).run();
-  } else if constexpr (Traits::kRowTile == 64) {
+  } else if constexpr (Traits::kIsSeesaw) {
+    SeesawWarpgroup<Traits>(params, shared).run();
+  } else if constexpr (kHasScoreWarpgroup<Traits>) {
     ValueWarpgroup<Traits>(params, shared).run();
   } else {
     MathWarpgroup<Traits>(params, shared).run();
@@ -97,7 +104,7 @@ __global__ void __launch_bounds__(Traits::kCtaThreads, 1)
   if (!work.has_segment) return;
 
   if (threadIdx.x >= kThreads) {
-    if constexpr (Traits::kCtaThreads > kThreads) {
+    if constexpr (kHasScoreWarpgroup<Traits>) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kScoreRegisters>();
       ScoreWarpgroup<Traits>(params, shared).run();
     }

@@ -153,25 +153,53 @@ struct TileByTma {
   __device__ void copy_as_freed(SharedStorage& shared,
                                 RingPosition<Traits::kRingBoxes> const& stage,
                                 TokenPlace const& place, int32_t copies) const {
-    int32_t const group = threadIdx.x % 32;
-    int32_t const boxes_per_copy = rows_per_copy == kTokenTile ? Traits::kBoxesPerPair : 1;
 #pragma unroll 1
     for (int32_t pair = warp; pair <= kCkvBoxes / Traits::kBoxesPerPair; pair += kTmaWarps) {
-      bool const is_kpe = pair == 0;
-      int32_t const box = is_kpe ? 0 : Traits::kBoxesPerPair * (pair - 1) + 1;
-      int32_t const boxes = is_kpe ? 1 : Traits::kBoxesPerPair;
-      int32_t const slot = stage.index + box;
-      Barrier::wait(&shared.box_empty[slot], stage.parity ^ 1);
-      if (group == 0) announce(&shared.box_full[slot], box, copies * boxes);
-      __syncwarp();
-      if (group >= copies) continue;
+      int32_t const box = pair == 0 ? 0 : Traits::kBoxesPerPair * (pair - 1) + 1;
+      Barrier::wait(&shared.box_empty[stage.index + box], stage.parity ^ 1);
+      announce_and_copy_pair(shared, stage.index, box, place, copies);
+    }
+  }
+
+  // The same of a seesaw, whose halves of a stage are free one after the other. The stage is this
+  // warp's alone: first the half of the warpgroup that has the scores of its tiles, then the
+  // other's and kpe.
+  __device__ void copy_halves_as_freed(SharedStorage& shared,
+                                       RingPosition<Traits::kRingBoxes> const& stage,
+                                       TokenPlace const& place, int32_t copies) const {
 #pragma unroll 1
-      for (int32_t j = 0; j < boxes; j += boxes_per_copy) {
-        SM90_TMA_LOAD_4D::copy(
-            is_kpe ? kpe_map : ckv_map, &shared.box_full[slot], kCacheHint,
-            &shared.ring[Boxes::begin(slot + j) + group * rows_per_copy * columns(box)], 0,
-            place.row, is_kpe ? 0 : box - 1 + j, place.page);
+    for (int32_t i = 0; i < kMathWarpgroups; ++i) {
+      int32_t const first_box = 1 + (warp ^ i) * kBoxesPerWarpgroup;
+      Barrier::wait(&shared.box_empty[stage.index + first_box], stage.parity ^ 1);
+#pragma unroll 1
+      for (int32_t j = 0; j < kBoxesPerWarpgroup; j += Traits::kBoxesPerPair) {
+        announce_and_copy_pair(shared, stage.index, first_box + j, place, copies);
       }
+    }
+    announce_and_copy_pair(shared, stage.index, 0, place, copies);
+  }
+
+  __device__ void announce_and_copy_pair(SharedStorage& shared, int32_t stage, int32_t box,
+                                         TokenPlace const& place, int32_t copies) const {
+    int32_t const group = threadIdx.x % 32;
+    int32_t const boxes = box == 0 ? 1 : Traits::kBoxesPerPair;
+    if (group == 0) announce(&shared.box_full[stage + box], box, copies * boxes);
+    __syncwarp();
+    if (group < copies) copy_pair(shared, stage, box, place);
+  }
+
+  // This lane's group of rows of kpe, or of the pair of ckv's boxes that `box` begins.
+  __device__ void copy_pair(SharedStorage& shared, int32_t stage, int32_t box,
+                            TokenPlace const& place) const {
+    bool const is_kpe = box == 0;
+    int32_t const boxes = is_kpe ? 1 : Traits::kBoxesPerPair;
+    int32_t const boxes_per_copy = rows_per_copy == kTokenTile ? Traits::kBoxesPerPair : 1;
+    int32_t const first_row = threadIdx.x % 32 * rows_per_copy;
+#pragma unroll 1
+    for (int32_t j = 0; j < boxes; j += boxes_per_copy) {
+      SM90_TMA_LOAD_4D::copy(is_kpe ? kpe_map : ckv_map, &shared.box_full[stage + box], kCacheHint,
+                             &shared.ring[Boxes::begin(stage + box + j) + first_row * columns(box)],
+                             0, place.row, is_kpe ? 0 : box - 1 + j, place.page);
     }
   }
 };
@@ -188,8 +216,12 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
   TileByTma<Traits> const tile_copies = {&ckv_map, &kpe_map, rows_per_copy,
                                          int32_t(threadIdx.x) / 32 % kTmaWarps};
 
+  // In a seesaw, each warp has a stage and with it every second tile of a segment.
+  constexpr int32_t kStep = Traits::kIsSeesaw ? kTmaWarps : 1;
+  int32_t const first = Traits::kIsSeesaw ? tile_copies.warp : 0;
+
   SegmentWalk<Traits> walk(params, work);
-  RingPosition<Traits::kRingBoxes> ring;
+  RingPosition<Traits::kRingBoxes> ring{first * Traits::Boxes::kPerTile};
   Segment const& segment = walk.segment;
   do {
     auto place_in = [&](int32_t tile) -> TokenPlace {
@@ -198,19 +230,23 @@ __device__ void load_cache_by_tma(Params const& params, CUtensorMap const& ckv_m
       return has_group ? find_token<Traits::kGuessesPages>(params, segment.request, token, guessed)
                        : TokenPlace{-1, 0};
     };
-    TokenPlace next_place = place_in(segment.tile_begin);
-    for (int32_t tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
+    TokenPlace next_place = place_in(segment.tile_begin + first);
+    for (int32_t tile = segment.tile_begin + first; tile < segment.tile_end; tile += kStep) {
       TokenPlace const place = next_place;
-      next_place = place_in(tile + 1);
+      next_place = place_in(tile + kStep);
       // Groups past the end of the request are not copied: their pages may not exist.
       int32_t const tokens = min(segment.request.kv_len - tile * kTokenTile, kTokenTile);
       int32_t const copies = tokens <= 0 ? 0 : (tokens - 1) / rows_per_copy + 1;
-      if constexpr (Traits::kBoxesPerPair > 0) {
+      if constexpr (Traits::kIsSeesaw) {
+        tile_copies.copy_halves_as_freed(shared, ring, place, copies);
+        ring.parity ^= 1;
+      } else if constexpr (Traits::kBoxesPerPair > 0) {
         tile_copies.copy_as_freed(shared, ring, place, copies);
+        ring = ring.after(Traits::Boxes::kPerTile);
       } else {
         tile_copies.copy_at_once(shared, ring, place, copies);
+        ring = ring.after(Traits::Boxes::kPerTile);
       }
-      ring = ring.after(Traits::Boxes::kPerTile);
     }
   } while (walk.next());
 }
@@ -237,8 +273,8 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   using Element = typename Boxes::Element;
   constexpr int32_t kTokensAtOnce = 32 / 8;
   int32_t lane = threadIdx.x % 32;
-  asm volatile(""
-               : "+r"(lane));  // not asked for again in each round, which takes as long as a copy
+  // Not asked for again in each round, which takes as long as a copy.
+  asm volatile("" : "+r"(lane));
   int32_t const chunk = lane % 8, first_token = threadIdx.x / 32 % 2 * 32;
   auto const* const ckv = static_cast<Element const*>(params.ckv) + chunk * Boxes::kChunk;
   auto const* const kpe = static_cast<Element const*>(params.kpe) + chunk * Boxes::kChunk;
@@ -248,6 +284,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
 
   SegmentWalk<Traits> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
+  uint32_t stage_parities = 0;  // in a seesaw, where a segment's tiles have the stages in turns
   Segment const& segment = walk.segment;
   do {
     auto place_in = [&](int32_t tile) {
@@ -265,7 +302,14 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
       int64_t const kpe_offset = page * params.kpe_stride_page + row * params.kpe_stride_token;
       uint32_t const existing = __ballot_sync(0xffffffff, exists);
 
-      if (lane < Boxes::kPerTile && Traits::has_barrier(lane)) {
+      if constexpr (Traits::kIsSeesaw) {
+        int32_t const stage = (tile - segment.tile_begin) % kMathWarpgroups;
+        ring = {stage * Boxes::kPerTile, stage_parities >> stage & 1};
+        stage_parities ^= 1u << stage;
+      }
+      bool const is_given_back =
+          Traits::kIsSeesaw ? lane % kBoxesPerWarpgroup == 1 : Traits::has_barrier(lane);
+      if (lane < Boxes::kPerTile && is_given_back) {
         auto const slot = ring.after(lane);
         Barrier::wait(&shared.box_empty[slot.index], slot.parity ^ 1);
       }

@@ -195,8 +195,6 @@ class Merge : MergeOfUnits<Traits> {
   }
 
  private:
-  __device__ bool is_batch_invariant() const { return params_.fixed_split_tiles > 0; }
-
   // Warp w of the CTA works on the parts w >> log_units, + num_shares, ... of its unit, if there
   // are so many shares.
   __device__ void join(SplitRowTile const& split, int32_t unit, int32_t log_units) {
@@ -204,8 +202,9 @@ class Merge : MergeOfUnits<Traits> {
     int32_t const row_block = unit / kUnitsPerBlock;
     int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
     MergeDescriptor const& descriptor = split.descriptor;
-    int32_t const num_shares = is_batch_invariant() ? 1 << log_merge_shares(descriptor.num_parts)
-                                                    : kMergeWarps >> log_units;
+    int32_t const num_shares = is_batch_invariant(params_)
+                                   ? 1 << log_merge_shares(descriptor.num_parts)
+                                   : kMergeWarps >> log_units;
 
     auto joined = JoinedParts<1>::none();
     int32_t const first_part = share < num_shares ? share : descriptor.num_parts;
@@ -247,8 +246,8 @@ class Merge : MergeOfUnits<Traits> {
   };
 
   __device__ PartSlots slots_of(int32_t number) const {
-    return is_batch_invariant() ? PartSlots{number * params_.most_parts, 1}
-                                : PartSlots{2 * number, 2};
+    return is_batch_invariant(params_) ? PartSlots{number * params_.most_parts, 1}
+                                       : PartSlots{2 * number, 2};
   }
 
   template <int kUnits>

@@ -82,7 +82,7 @@ __device__ __forceinline__ void merge_split_row_tiles_of_call(
 template <class Traits>
 __device__ __forceinline__ void merge_split_row_tiles(Params const& params,
                                                       typename Traits::SharedStorage& shared) {
-  if (__builtin_expect(params.fixed_split_tiles == 0, 1)) {
+  if (!is_batch_invariant(params)) {
     merge_split_row_tiles_of_call<Traits, false>(params, shared);
   } else if constexpr (Traits::kFolds) {
     merge_split_row_tiles_of_call<Traits, true>(params, shared);

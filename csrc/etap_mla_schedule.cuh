@@ -226,7 +226,7 @@ class SegmentWalk {
   // The work, of which position and request are known, with its first segment.
   __device__ static CtaWork begin(Params const& params, CtaWork const& unwalked) {
     SegmentWalk walk(params, unwalked);
-    if (params.fixed_split_tiles > 0) walk.skip_what_began_before();
+    if (is_batch_invariant(params)) walk.skip_what_began_before();
     CtaWork work = unwalked;
     work.has_segment = walk.next();
     work.position = walk.position_;
@@ -268,7 +268,7 @@ class SegmentWalk {
     segment.tile_end = tile + (work_.end - position_);
     if (segment.tile_end <= 0) return false;  // the range ends before the row tile's first tile
     segment.slot = 2 * worker.cta() + (segment.tile_begin == 0 ? 1 : 0);
-    if (__builtin_expect(params_.fixed_split_tiles > 0, 0)) {
+    if (is_batch_invariant(params_)) {
       FixedSplit const split = split_row_tile<Traits>(params_, tiles);
       segment.part_tiles = split.part_tiles;
       if constexpr (Traits::kFolds) {
@@ -297,7 +297,7 @@ class SegmentWalk {
   // What the merge has to know of the segment's row tile, if it is split.
   __device__ void describe_split(SplitRowTile (&split_row_tiles)[2]) const {
     MergeDescriptor descriptor = {0, segment.num_rows, segment.packed_row};
-    if (params_.fixed_split_tiles > 0 && !Traits::kFolds) {
+    if (is_batch_invariant(params_) && !Traits::kFolds) {
       if (!segment.begins_row_tile) return;
       int32_t const num_parts = split_of_row_tile().num_parts();
       descriptor.num_parts = num_parts > 1 ? num_parts : 0;
@@ -362,7 +362,7 @@ __device__ FoldPartition cut_line(Params const& params, WorkSums const& sums, in
     return make_fold_partition(sums.tiles, row_tiles, sums.longest_row_tile, num_ctas,
                                Traits::kRowTile, params.fixed_split_tiles);
   }
-  int32_t const empty_places = params.fixed_split_tiles > 0 ? 0 : Traits::kEmptyPlaces;
+  int32_t const empty_places = is_batch_invariant(params) ? 0 : Traits::kEmptyPlaces;
   return {make_partition(sums.tiles, row_tiles, sums.longest_row_tile, num_ctas, Traits::kRowTile,
                          empty_places),
           0};
@@ -386,9 +386,8 @@ __device__ void find_cta_work(Params const& params, ScheduleScratch& scratch, Ct
   WorkSums const own = sums;
   WorkSums before = add_over_warp(sums);
   if (!is_small) add_over_cta(scratch, sums, before);
-  bool const is_batch_invariant = params.fixed_split_tiles > 0;
   // A line cut off would leave row tiles without a descriptor; then nothing is done at all.
-  if (is_batch_invariant && sums.tiles == kMaxTiles) sums = {};
+  if (is_batch_invariant(params) && sums.tiles == kMaxTiles) sums = {};
   Worker<Traits> const worker(params);
   auto const [partition, granule_leaves] = cut_line<Traits>(params, sums, worker.count);
   auto const [begin, end] = partition.range(worker.index);

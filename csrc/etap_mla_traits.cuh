@@ -260,10 +260,15 @@ struct Params {
   MergeDescriptor* merge_descriptors;  // [most_row_tiles]
 };
 
+// Others must not pay for what only these calls do: their branches are the unlikely ones.
+__device__ __forceinline__ bool is_batch_invariant(Params const& params) {
+  return __builtin_expect(params.fixed_split_tiles > 0, 0);
+}
+
 // Whether a batch-invariant call joins partial results in registers (etap_mla_fold_tree.h).
 template <class Traits>
 __device__ __forceinline__ bool folds(Params const& params) {
-  return Traits::kFolds && __builtin_expect(params.fixed_split_tiles > 0, 0);
+  return Traits::kFolds && is_batch_invariant(params);
 }
 
 // Where every request has an even number of row tiles of 64, two CTAs work together, each on one of
@@ -334,6 +339,7 @@ struct EtapMlaTraits {
   static_assert(kRingBoxes > 2 * kBoxesPerTile, "the ring must hold a tile in work and the next");
   static constexpr int kRingBytes = kRingBoxes * kBoxElements * int(sizeof(DType));
 
+  static constexpr bool kIsSeesaw = false;
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
 

@@ -9,7 +9,8 @@ HEAD_DIM_CKV = 512
 HEAD_DIM_KPE = 64
 MAX_NUM_HEADS = 128
 DTYPES = (torch.bfloat16, torch.float16)
-ROW_TILES = (8, 16, 32, 64)
+# Of packed rows (query x head). 128: more than 64, in row tiles of 64 by a kernel of their own.
+ROW_TILES = (8, 16, 32, 64, 128)
 KvLoader = Literal["tma", "gather"]
 # Of a compiled variant: a cache of the queries' type, of e4m3 codes, or in FlashMLA's layout.
 KvCache = Literal["same", "fp8", "flashmla_656"]
@@ -28,17 +29,21 @@ MIN_ROWS_PER_COPY = 8
 def row_tiles(kv_cache: KvCache) -> tuple[int, ...]:
     """The row tiles that are compiled for a cache, ascending.
 
-    With FlashMLA's layout, products of 128 columns wait in registers for the scales of their tokens
-    before they can be added; with 64 rows these don't fit.
+    An fp8 cache has no kernel of its own for more than 64 rows. With FlashMLA's layout, products of
+    128 columns wait in registers for the scales of their tokens before they can be added; with 64
+    rows these don't fit.
     """
-    return ROW_TILES[:-1] if kv_cache == "flashmla_656" else ROW_TILES
+    largest = {"same": 128, "fp8": 64, "flashmla_656": 32}[kv_cache]
+    return tuple(row_tile for row_tile in ROW_TILES if row_tile <= largest)
 
 
 def choose_row_tile(num_heads: int, query_len: int, kv_cache: KvCache = "same") -> int:
     """Choose the row tile, WGMMA's N, for requests of ``query_len`` queries.
 
     Any row tile gives a right result for any input; the smallest that holds the packed rows
-    (query x head) of a request wastes the least, and several of the largest tile cover more.
+    (query x head) of a request wastes the least, and several of the largest tile cover more. From
+    64 on rows fill WGMMA's M, always 64 of them: 128 stands for the kernel of requests that have
+    more (csrc/etap_mla_seesaw_math.cuh).
 
     Parameters
     ----------

@@ -207,7 +207,7 @@ def _render_config(template: str, variant: EtapMlaVariant) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(
         dtype=_CPP_DTYPES[variant.dtype],
-        row_tile=variant.row_tile,
+        rows=variant.row_tile,
         kv_loader=_CPP_KV_LOADERS[variant.kv_loader],
         kv_cache=_CPP_KV_CACHES[variant.kv_cache],
     )

@@ -2,11 +2,12 @@
 
 Fails on register spills, on WGMMAs that ptxas serialised, on local memory in the SASS, and on WGMMA
 shapes other than the row tile's own: 64 x row_tile for S^T = K Q^T and 64 x 2 row_tile for O^T =
-V^T P^T, where P's high and low parts lie side by side; of 64 rows, which fill M themselves, 64 x 64
-for S = Q K^T and 64 x 128 for O = P V. With an fp8 cache S^T has operands of fp16, to which e4m3
-converts exactly, and O^T up to 16 rows operands of e4m3; with more, or FlashMLA's layout, it is
-like S^T. The SASS is read with nvdisasm (of the CUDA toolkit, or ``pip install
-nvidia-cuda-nvdisasm``); without it that part is left out, and the output says so.
+V^T P^T, where P's high and low parts lie side by side; of 64 rows and more, which fill M
+themselves, 64 x 64 for S = Q K^T and 64 x 128 for O = P V, or 64 x 256 with more than 64. With an
+fp8 cache S^T has operands of fp16, to which e4m3 converts exactly, and O^T up to 16 rows operands
+of e4m3; with more, or FlashMLA's layout, it is like S^T. The SASS is read with nvdisasm (of the
+CUDA toolkit, or ``pip install nvidia-cuda-nvdisasm``); without it that part is left out, and the
+output says so.
 """
 
 import argparse
@@ -74,6 +75,8 @@ def expected_wgmma_shapes(variant: EtapMlaVariant) -> set[tuple[int, int, int]]:
         return {(64, row_tile, 16), (64, row_tile * (2 if are_side_by_side else 1), 32)}
     if variant.kv_cache != "same":
         return {(64, row_tile, 16)}
+    if row_tile == 128:
+        return {(64, 64, 16), (64, 256, 16)}
     if row_tile == 64:  # rows on M
         return {(64, 64, 16), (64, 128, 16)}
     return {(64, row_tile, 16), (64, 2 * row_tile, 16)}

@@ -167,10 +167,9 @@ def validation_table(found: Found) -> str:
     counts = validation["tests"]
     rows = [
         ["GPU tests", f"{counts['passed']} passed, {counts['failed']} failed"],
-        # Without the kernels that validate_gpu.py names behind it.
         *(
-            [f"compute-sanitizer {tool}", text.split(", in ")[0]]
-            for tool, text in validation["sanitizer"].items()
+            [f"compute-sanitizer {tool}", found_by_tool["outcome"]]
+            for tool, found_by_tool in validation["sanitizer"].items()
         ),
     ]
     for kind, (worst, count) in report.worst_ratios(validation["cases"]).items():

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -33,7 +33,7 @@ from decode_bench import evidence, report
 # racecheck is slow: each variant runs once, batch-invariant and not.
 SANITIZER_TOOLS = {
     "memcheck": (),
-    "racecheck": ("--heads", "4", "8", "16", "32", "--page-size", "1", "64"),
+    "racecheck": ("--heads", "4", "8", "16", "32", "72", "--page-size", "1", "64"),
     "synccheck": (),
     "initcheck": (),
 }
@@ -124,19 +124,22 @@ def as_case(recorded: dict[str, Any]) -> dict[str, Any]:
 
 def run_sanitizers(
     tools: list[str], child: dict[str, str], timeout: float
-) -> Iterator[tuple[str, str]]:
-    """Tools and their outcomes, in the order in which they end."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Tools and what they found, in the order in which they end."""
     with ThreadPoolExecutor(len(tools)) as pool:
         pending = {pool.submit(run_sanitizer, tool, child, timeout): tool for tool in tools}
         for done in as_completed(pending):
             yield pending[done], done.result()
 
 
-def run_sanitizer(tool: str, child: dict[str, str], timeout: float) -> str:
-    """Outcome of one compute-sanitizer tool on the small cases: "clean" or what happened."""
+def run_sanitizer(tool: str, child: dict[str, str], timeout: float) -> dict[str, Any]:
+    """What one compute-sanitizer tool found on the small cases.
+
+    ``outcome`` is "clean" or what happened, ``kernels`` are those that its reports name.
+    """
     program = shutil.which("compute-sanitizer")
     if program is None:
-        return "not run: compute-sanitizer is not on PATH"
+        return {"outcome": "not run: compute-sanitizer is not on PATH", "kernels": []}
     command = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
     command += [sys.executable, "scripts/sanitize_cases.py", *SANITIZER_TOOLS[tool]]
     started = time.monotonic()
@@ -154,10 +157,16 @@ def run_sanitizer(tool: str, child: dict[str, str], timeout: float) -> str:
         output = error.stdout or b""
         text = output.decode(errors="replace") if isinstance(output, bytes) else output
         print_tail(tool, text)
-        return f"not finished after {timeout:.0f} s"
+        return {
+            "outcome": f"not finished after {timeout:.0f} s",
+            "kernels": reported_kernels(text),
+        }
     seconds = time.monotonic() - started
     print_tail(tool, f"{done.stdout}\nstatus {done.returncode} after {seconds:.0f} s")
-    return sanitizer_outcome(done.returncode, done.stdout)
+    return {
+        "outcome": sanitizer_outcome(done.returncode, done.stdout),
+        "kernels": reported_kernels(done.stdout),
+    }
 
 
 def print_tail(tool: str, output: str) -> None:
@@ -169,7 +178,7 @@ def print_tail(tool: str, output: str) -> None:
 def sanitizer_outcome(status: int, output: str) -> str:
     """Read a finished run: "clean" needs right results and the tool's own summary of no error.
 
-    Errors come with the kernels they were reported in, a failure with how many cases are right.
+    A failure comes with how many cases are right.
     """
     lines = output.splitlines()
     if any("Device not supported" in line for line in lines):
@@ -183,16 +192,14 @@ def sanitizer_outcome(status: int, output: str) -> str:
     if status == 0 and none_found:
         return "clean"
     if status == SANITIZER_ERROR or (summaries and not none_found):
-        summary = f": {summaries[-1].lstrip('= ')}" if summaries else ""
-        kernels = reported_kernels(lines)
-        return f"errors{summary}{', in ' if kernels else ''}{', '.join(kernels)}"
+        return "errors" + (f": {summaries[-1].lstrip('= ')}" if summaries else "")
     said = [line for line in lines if "cases right" in line] or lines or ["no output"]
     return f"failed with status {status}: {said[-1]}"
 
 
-def reported_kernels(lines: Sequence[str]) -> list[str]:
+def reported_kernels(output: str) -> list[str]:
     """The instantiations, by their traits, that a sanitizer's reports name."""
-    found = {match[1] for line in lines if (match := _REPORTED_KERNEL.search(line))}
+    found = set(_REPORTED_KERNEL.findall(output))
     return sorted(re.sub(r"\((?:\w+::)?\w+\)|\w+::", "", name) for name in found)
 
 
@@ -214,16 +221,17 @@ def main(arguments: list[str] | None = None) -> int:
     evidence.write(path, result)  # kept even if a sanitizer run is cut short
     if not options.skip_sanitizer:
         tools, timeout = options.sanitizer_tools, options.sanitizer_timeout
-        for tool, outcome in run_sanitizers(tools, child, timeout):
-            result["sanitizer"][tool] = outcome
+        for tool, found in run_sanitizers(tools, child, timeout):
+            result["sanitizer"][tool] = found
             evidence.write(path, result)
     print(f"tests: {counts}")
     for kind, (worst, count) in report.worst_ratios(cases).items():
         print(f"rmse over rounding alone, {kind} cache: at most {worst:.3f} over {count} cases")
-    for tool, outcome in result["sanitizer"].items():
-        print(f"{'' if outcome == 'clean' else '!!! '}{tool}: {outcome}")
+    for tool, found in result["sanitizer"].items():
+        mark = "" if found["outcome"] == "clean" else "!!! "
+        print(f"{mark}{tool}: {', in '.join((found['outcome'], *found['kernels']))}")
     print(f"written: {path}")
-    clean = all(outcome == "clean" for outcome in result["sanitizer"].values())
+    clean = all(found["outcome"] == "clean" for found in result["sanitizer"].values())
     ran = options.skip_tests or (counts["passed"] > 0 and counts["failed"] == 0)
     return 0 if ran and clean else 1
 

@@ -127,7 +127,7 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
             for query_len in self._query_lens
         }
         if self._is_fp8 and not self.skip_prefill:
-            row_tiles[None] = dispatch.ROW_TILES[-1]  # prefill
+            row_tiles[None] = dispatch.row_tiles("fp8")[-1]  # prefill
         modules = {
             query_len: jit.get_etap_mla_module(
                 jit.EtapMlaVariant(

@@ -151,7 +151,7 @@ def bf16_n16(kv_cache="same"):
 def test_expected_shapes():
     variants = [jit.EtapMlaVariant(torch.bfloat16, n, "tma") for n in dispatch.ROW_TILES]
     widths = [sorted(s[1] for s in check_ptxas.expected_wgmma_shapes(v)) for v in variants]
-    assert widths == [[8, 16], [16, 32], [32, 64], [64, 128]]
+    assert widths == [[8, 16], [16, 32], [32, 64], [64, 128], [64, 256]]
     assert check_ptxas.expected_wgmma_shapes(bf16_n16("flashmla_656")) == {(64, 16, 16)}
 
 

@@ -35,7 +35,7 @@ def test_the_kernel_gets_token_tiles(
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "row_tile"), [(6, 8), (16, 16), (17, 32), (64, 64), (128, 64)]
+    ("num_heads", "row_tile"), [(6, 8), (16, 16), (17, 32), (64, 64), (128, 128)]
 )
 @pytest.mark.parametrize("query_lens", [(1, 1), (1, 3), (4, 4)])
 def test_the_row_tile_is_that_of_one_query(

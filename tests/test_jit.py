@@ -79,13 +79,13 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 # --- variants and names ---------------------------------------------------------------------------
 
 
-def test_all_variants_are_the_44():
-    assert len(set(jit.ALL_VARIANTS)) == len({v.name for v in jit.ALL_VARIANTS}) == 44
+def test_all_variants_are_the_48():
+    assert len(set(jit.ALL_VARIANTS)) == len({v.name for v in jit.ALL_VARIANTS}) == 48
     caches = [v.kv_cache for v in jit.ALL_VARIANTS]
-    assert [caches.count(each) for each in ("same", "fp8", "flashmla_656")] == [16, 16, 12]
-    for cache in ("same", "fp8"):
-        assert {v.row_tile for v in jit.ALL_VARIANTS if v.kv_cache == cache} == {8, 16, 32, 64}
-    assert {v.row_tile for v in jit.ALL_VARIANTS if v.kv_cache == "flashmla_656"} == {8, 16, 32}
+    assert [caches.count(each) for each in ("same", "fp8", "flashmla_656")] == [20, 16, 12]
+    for cache, row_tiles in (("same", 5), ("fp8", 4), ("flashmla_656", 3)):
+        found = {v.row_tile for v in jit.ALL_VARIANTS if v.kv_cache == cache}
+        assert sorted(found) == [8, 16, 32, 64, 128][:row_tiles]
     assert {v.dtype for v in jit.ALL_VARIANTS} == {torch.bfloat16, torch.float16}
 
 
@@ -167,7 +167,7 @@ def test_rendered_configuration(variant, csrc, flashinfer_jit):
     dtype = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}[variant.short_name[:4]]
     loader = {"tma": "kTma", "gather": "kGather"}[variant.kv_loader]
     assert re.findall(r"using DType = (.*);", config) == [dtype]
-    assert re.findall(r"constexpr int kRowTile = (.*);", config) == [str(variant.row_tile)]
+    assert re.findall(r"constexpr int kRows = (\d+);", config) == [str(variant.row_tile)]
     assert re.findall(r"constexpr KvLoader kKvLoader = KvLoader::(.*);", config) == [loader]
     assert "{{" not in config
     binding = "etap_mla_binding.cu"

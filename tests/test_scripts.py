@@ -379,7 +379,7 @@ def project(tmp_path):
     validation = make_evidence(
         make_case() | {"us": None, "gbps": None, "peers": {}},
         tests={"passed": 239, "failed": 0, "skipped": 0, "seconds": 60.0},
-        sanitizer={"memcheck": "clean", "racecheck": "clean"},
+        sanitizer={"memcheck": {"outcome": "clean", "kernels": []}},
         read_ceiling_gbps=None,
         **fresh,
     )
@@ -478,15 +478,6 @@ def test_table_without_evidence_fails(project, capsys):
         ),
         (9, "========= ERROR SUMMARY: 3 errors", "errors: ERROR SUMMARY: 3 errors"),
         (
-            9,
-            "========= Error: Race reported between Write access at void "
-            "etap::etap_mla_kernel<etap::EtapMlaTraits<cutlass::bfloat16_t, (int)8, "
-            "(etap::KvLoader)0>>(etap::Params, CUtensorMap_st, CUtensorMap_st)+0xfb60\n"
-            "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)",
-            "errors: RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings), in "
-            "EtapMlaTraits<bfloat16_t, 8, 0>",
-        ),
-        (
             1,
             "1 of 2 cases right\n========= ERROR SUMMARY: 0 errors",
             "failed with status 1: 1 of 2 cases right",
@@ -498,6 +489,17 @@ def test_table_without_evidence_fails(project, capsys):
 )
 def test_sanitizer_outcomes(status, output, outcome):
     assert validate_gpu.sanitizer_outcome(status, output).startswith(outcome)
+
+
+def test_kernels_that_a_sanitizer_names():
+    report = (
+        "========= Error: Race reported between Write access at void "
+        "etap::etap_mla_kernel<etap::EtapMlaTraits<cutlass::bfloat16_t, (int){}, "
+        "(etap::KvLoader)0>>(etap::Params, CUtensorMap_st, CUtensorMap_st)+0xfb60\n"
+    )
+    output = report.format(8) + report.format(16) + report.format(8)
+    expected = ["EtapMlaTraits<bfloat16_t, 16, 0>", "EtapMlaTraits<bfloat16_t, 8, 0>"]
+    assert validate_gpu.reported_kernels(output) == expected
 
 
 @pytest.mark.parametrize("arguments", validate_gpu.SANITIZER_TOOLS.values(), ids=" ".join)
@@ -532,7 +534,7 @@ def test_sanitizer_cases_reach_every_variant(arguments, monkeypatch, capsys):
 
 def test_missing_sanitizer_is_said(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert validate_gpu.run_sanitizer("memcheck", {}, 1.0).startswith("not run")
+    assert validate_gpu.run_sanitizer("memcheck", {}, 1.0)["outcome"].startswith("not run")
 
 
 def test_counts_of_a_junit_report(tmp_path):

@@ -256,7 +256,7 @@ def test_graph_buffers_are_what_the_kernel_gets(kernel: FakeKernel, index_device
 
 @pytest.mark.parametrize(
     ("num_heads", "query_lens", "row_tile"),
-    [(8, (1, 1), 8), (16, (1, 3), 64), (9, (1, 1), 16), (16, (2, 2), 32), (128, (1, 1), 64)],
+    [(8, (1, 1), 8), (16, (1, 3), 64), (9, (1, 1), 16), (16, (2, 2), 32), (128, (1, 1), 128)],
 )
 def test_row_tile_from_query_lengths_on_the_cpu(
     kernel: FakeKernel, num_heads: int, query_lens: tuple[int, ...], row_tile: int
@@ -414,11 +414,11 @@ def test_auto_on_the_cpu_takes_the_reference(caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize(
-    ("rows", "row_tile"), [(1, 8), (8, 8), (9, 16), (17, 32), (33, 64), (65, 64), (512, 64)]
+    ("rows", "row_tile"), [(1, 8), (8, 8), (9, 16), (17, 32), (33, 64), (65, 128), (512, 128)]
 )
 def test_choose_row_tile(rows: int, row_tile: int) -> None:
     assert dispatch.choose_row_tile(rows, 1) == dispatch.choose_row_tile(1, rows) == row_tile
-    assert dispatch.choose_row_tile(rows, 1, "fp8") == row_tile
+    assert dispatch.choose_row_tile(rows, 1, "fp8") == min(row_tile, 64)
     assert dispatch.choose_row_tile(rows, 1, "flashmla_656") == min(row_tile, 32)
 
 
