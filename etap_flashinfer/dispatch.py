@@ -11,6 +11,9 @@ MAX_NUM_HEADS = 128
 DTYPES = (torch.bfloat16, torch.float16)
 # Of packed rows (query x head). 128: more than 64, in row tiles of 64 by a kernel of their own.
 ROW_TILES = (8, 16, 32, 64, 128)
+# Token tiles, counted for each row tile of 64, from which that kernel is the faster one: 31 for
+# each of an H200's CTAs (scripts/TUNING.md). With fewer, its longer beginning and end show.
+MIN_LONG_TILES = 4096
 KvLoader = Literal["tma", "gather"]
 # Of a compiled variant: a cache of the queries' type, of e4m3 codes, or in FlashMLA's layout.
 KvCache = Literal["same", "fp8", "flashmla_656"]
@@ -37,13 +40,28 @@ def row_tiles(kv_cache: KvCache) -> tuple[int, ...]:
     return tuple(row_tile for row_tile in ROW_TILES if row_tile <= largest)
 
 
-def choose_row_tile(num_heads: int, query_len: int, kv_cache: KvCache = "same") -> int:
+def is_long(num_tokens: int, num_rows: int) -> bool:
+    """Whether a batch keeps the kernel busy for long.
+
+    Parameters
+    ----------
+    num_tokens : int
+        Cached tokens of all requests.
+    num_rows : int
+        Packed rows (query x head) of a request.
+    """
+    return num_tokens // TOKEN_TILE * -(-num_rows // 64) >= MIN_LONG_TILES
+
+
+def choose_row_tile(
+    num_heads: int, query_len: int, kv_cache: KvCache = "same", is_long: bool = True
+) -> int:
     """Choose the row tile, WGMMA's N, for requests of ``query_len`` queries.
 
     Any row tile gives a right result for any input; the smallest that holds the packed rows
     (query x head) of a request wastes the least, and several of the largest tile cover more. From
     64 on rows fill WGMMA's M, always 64 of them: 128 stands for the kernel of requests that have
-    more (csrc/etap_mla_seesaw_math.cuh).
+    more (csrc/etap_mla_seesaw_math.cuh), which pays if they are long.
 
     Parameters
     ----------
@@ -53,6 +71,8 @@ def choose_row_tile(num_heads: int, query_len: int, kv_cache: KvCache = "same") 
         Longest query of the batch, or an estimate of it.
     kv_cache : str
         Of the variant.
+    is_long : bool
+        As :func:`is_long` has it; True where nobody can know, as in CUDA graphs of a server.
 
     Returns
     -------
@@ -60,6 +80,8 @@ def choose_row_tile(num_heads: int, query_len: int, kv_cache: KvCache = "same") 
         One of :func:`row_tiles`.
     """
     rows, tiles = num_heads * query_len, row_tiles(kv_cache)
+    if not is_long:
+        tiles = tuple(row_tile for row_tile in tiles if row_tile <= 64)
     return next((row_tile for row_tile in tiles if rows <= row_tile), tiles[-1])
 
 

@@ -139,12 +139,16 @@ class Executor:
         )
 
     def kernel(self, plan: Plan, query_len: int) -> Callable[..., None]:
-        """Entry point of the variant that serves requests of ``query_len`` queries best."""
-        kernel = plan.kernels.get(query_len)
-        if kernel is None:
-            key = planning.variant_key(plan.problem, query_len)
-            kernel = plan.kernels[query_len] = self._load_kernel(key)
-        return kernel
+        """Entry point of the variant that serves requests of ``query_len`` queries best.
+
+        Loads those of short and of long requests together: no later plan waits for a compiler
+        because requests have grown.
+        """
+        if (query_len, plan.is_long) not in plan.kernels:
+            for is_long in (True,) if plan.fixed_split_tiles else (True, False):
+                key = planning.variant_key(plan.problem, query_len, is_long)
+                plan.kernels[query_len, is_long] = self._load_kernel(key)
+        return plan.kernels[query_len, plan.is_long]
 
     def _load_kernel(self, key: planning.VariantKey) -> Callable[..., None]:
         """Entry point of a variant; compiled or loaded when it is first needed."""

@@ -195,7 +195,9 @@ class BatchMLAPagedAttentionWrapper:
             Offsets of each request's pages in ``kv_indices``, int32, shape ``[batch + 1]`` or
             longer.
         kv_indices : torch.Tensor
-            Page indices, int32, ``kv_indptr[batch]`` or more.
+            Page indices, int32, ``kv_indptr[batch]`` or more. With more than 64 rows (query x head)
+            a request, its length decides between two kernels, one of which is faster if requests
+            are short (:func:`~etap_flashinfer.dispatch.is_long`); both serve any.
         kv_len_arr : torch.Tensor
             Cached tokens of each request, int32, shape ``[batch]``; its length is the batch size.
         num_heads, head_dim_ckv, head_dim_kpe, page_size : int

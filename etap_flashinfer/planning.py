@@ -61,20 +61,27 @@ class Plan:
     max_query_len: int | None
     # Of problem, if nothing but index tensors was given beside it; equal in plans of the same.
     problem_key: tuple[Any, ...] | None = None
-    # What run() found out, for the runs that follow; and the kernel for a query length, which plans
-    # of the same problem share.
+    # What run() found out, for the runs that follow; and the kernel for a query length and is_long,
+    # which plans of the same problem share.
     checked_call: CheckedCall | None = None
-    kernels: dict[int, Callable[..., None]] = field(default_factory=dict)
+    kernels: dict[tuple[int, bool], Callable[..., None]] = field(default_factory=dict)
     fixed_split_tiles: int = field(init=False)  # of a part in batch-invariant calls; 0 in others
+    # Of the pages that kv_indices has room for; of batch-invariant calls always, so that other
+    # requests have no say.
+    is_long: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        pages = self.problem.fixed_split_size or 0
-        self.fixed_split_tiles = pages * self.problem.page_size // dispatch.TOKEN_TILE
+        problem = self.problem
+        pages = problem.fixed_split_size or 0
+        self.fixed_split_tiles = pages * problem.page_size // dispatch.TOKEN_TILE
+        num_rows = problem.num_heads * (self.max_query_len or 1)
+        num_tokens = self.index[2].numel() * problem.page_size
+        self.is_long = pages > 0 or dispatch.is_long(num_tokens, num_rows)
 
     def take_over(self, other: "Plan") -> None:
         """Take what a plan of the same problem found out."""
         self.kernels = other.kernels
-        for size in ("batch_size", "total_queries", "max_query_len"):
+        for size in ("batch_size", "total_queries", "max_query_len", "is_long"):
             if getattr(self, size) != getattr(other, size):
                 return
         self.checked_call = other.checked_call
@@ -149,7 +156,7 @@ def refuse_fixed_split(fixed_split_size: Any, backend: str, reason: str | None) 
         )
 
 
-def variant_key(problem: Problem, query_len: int) -> VariantKey:
+def variant_key(problem: Problem, query_len: int, is_long: bool = True) -> VariantKey:
     """Choose the variant that serves requests of ``query_len`` queries best.
 
     That of batch-invariant calls is the one for a single query, so that other requests have no say.
@@ -159,7 +166,7 @@ def variant_key(problem: Problem, query_len: int) -> VariantKey:
         query_len = 1
     return (
         problem.q_data_type,
-        dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache),
+        dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache, is_long),
         dispatch.choose_kv_loader(problem.page_size),
         kv_cache,
     )

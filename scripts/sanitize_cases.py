@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from etap_flashinfer import dispatch, quantization
+from etap_flashinfer import dispatch, planning, quantization
 
 SM_SCALE = 192**-0.5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,8 +99,9 @@ def run_case(
     is_batch_invariant: bool,
     seed: int,
     wrapper: object,
+    used: set[planning.VariantKey],
 ) -> bool:
-    """One launch on the GPU; True if it agrees with float64."""
+    """One launch on the GPU, of a variant that joins ``used``; True if it agrees with float64."""
     plan, run, expected = small_case(seed, heads, page_size, DTYPES[dtype], kv_cache)
     if is_batch_invariant:
         tiles = 16 if has_plain_pairs(heads) else 1
@@ -111,6 +112,8 @@ def run_case(
     )
     wrapper.plan(**plan)
     out, lse = wrapper.run(**run, return_lse=True)
+    longest_query = int(plan["qo_indptr"].diff().max())
+    used.add(planning.variant_key(wrapper._plan.problem, longest_query, wrapper._plan.is_long))
     out, lse = out.cpu().double(), lse.cpu()
     rounding = (expected.to(DTYPES[dtype]).double() - expected).square().mean().sqrt()
     error = (out - expected).square().mean().sqrt()
@@ -125,8 +128,10 @@ def run_case(
     return right
 
 
-def missing_variants(wrapper: object, dtypes: list[str], kv_caches: list[str]) -> list[str]:
-    """Compiled variants of ``dtypes`` and ``kv_caches`` that ``wrapper`` has not used."""
+def missing_variants(
+    used: set[planning.VariantKey], dtypes: list[str], kv_caches: list[str]
+) -> list[str]:
+    """Compiled variants of ``dtypes`` and ``kv_caches`` that are not ``used``."""
     from etap_flashinfer import jit
 
     wanted = {
@@ -134,7 +139,7 @@ def missing_variants(wrapper: object, dtypes: list[str], kv_caches: list[str]) -
         for variant in jit.ALL_VARIANTS
         if variant.dtype in {DTYPES[name] for name in dtypes} and variant.kv_cache in kv_caches
     }
-    return [name for key, name in wanted.items() if key not in wrapper._executor.kernels]
+    return [name for key, name in wanted.items() if key not in used]
 
 
 def main() -> int:
@@ -157,9 +162,13 @@ def main() -> int:
     cells = itertools.product(
         options.heads, options.page_size, options.dtype, options.kv_cache, (False, True)
     )
-    results = [run_case(*cell, options.seed + index, wrapper) for index, cell in enumerate(cells)]
+    dispatch.MIN_LONG_TILES = 0  # so small a case counts as a long one
+    used: set[planning.VariantKey] = set()
+    results = [
+        run_case(*cell, options.seed + index, wrapper, used) for index, cell in enumerate(cells)
+    ]
     torch.cuda.synchronize()
-    missing = missing_variants(wrapper, options.dtype, options.kv_cache)
+    missing = missing_variants(used, options.dtype, options.kv_cache)
     print(f"{sum(results)} of {len(results)} cases right; variants not run: {missing or 'none'}")
     return 0 if all(results) and not missing else 1
 

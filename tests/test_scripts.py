@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import math
-import types
 
 import bench_decode
 import bench_validate
@@ -505,28 +504,21 @@ def test_kernels_that_a_sanitizer_names():
 @pytest.mark.parametrize("arguments", validate_gpu.SANITIZER_TOOLS.values(), ids=" ".join)
 def test_sanitizer_cases_reach_every_variant(arguments, monkeypatch, capsys):
     """With the CPU in the place of the GPU; the row tile follows from the mean query length."""
-    used = {}
 
-    class Wrapper:
-        _executor = types.SimpleNamespace(kernels=used)
-
-        def __init__(self, workspace, backend):
-            pass
-
-    def run_case(heads, page_size, dtype, kv_cache, is_batch_invariant, seed, wrapper):
-        row_tile = dispatch.choose_row_tile(heads, 2, kv_cache)
+    def run_case(heads, page_size, dtype, kv_cache, is_batch_invariant, seed, wrapper, used):
+        row_tile = dispatch.choose_row_tile(heads, 2, kv_cache, dispatch.is_long(0, heads))
         kv_loader = dispatch.choose_kv_loader(page_size)
-        used[sanitize_cases.DTYPES[dtype], row_tile, kv_loader, kv_cache] = None
+        used.add((sanitize_cases.DTYPES[dtype], row_tile, kv_loader, kv_cache))
         return True
 
-    monkeypatch.setattr("etap_flashinfer.BatchMLAPagedAttentionWrapper", Wrapper)
+    monkeypatch.setattr(dispatch, "MIN_LONG_TILES", dispatch.MIN_LONG_TILES)  # put back
+    monkeypatch.setattr("etap_flashinfer.BatchMLAPagedAttentionWrapper", lambda *_, **__: None)
     monkeypatch.setattr(sanitize_cases, "run_case", run_case)
     monkeypatch.setattr(sanitize_cases.torch, "empty", lambda *_, **__: None)
     monkeypatch.setattr(sanitize_cases.torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr("sys.argv", ["sanitize_cases.py", *arguments])
     assert sanitize_cases.main() == 0
     assert "variants not run: none" in capsys.readouterr().out
-    used.clear()
     monkeypatch.setattr("sys.argv", ["sanitize_cases.py", "--heads", "4", "--page-size", "64"])
     assert sanitize_cases.main() == 1
     assert "bf16_n64_gather" in capsys.readouterr().out

@@ -205,7 +205,7 @@ def test_a_wrapper_has_one_schedule_buffer(kernel: FakeKernel) -> None:
     assert schedule.device.type == "cpu"
     assert not schedule.any()
     schedule.fill_(7)  # as the kernel would
-    for heads in (16, 16, 128):
+    for heads in (16, 16, 64):
         wrapper.plan(**plan_arguments(num_heads=heads))
         for _ in range(2):
             wrapper.run(**run_inputs(num_heads=heads, device="cpu"))
@@ -256,7 +256,7 @@ def test_graph_buffers_are_what_the_kernel_gets(kernel: FakeKernel, index_device
 
 @pytest.mark.parametrize(
     ("num_heads", "query_lens", "row_tile"),
-    [(8, (1, 1), 8), (16, (1, 3), 64), (9, (1, 1), 16), (16, (2, 2), 32), (128, (1, 1), 128)],
+    [(8, (1, 1), 8), (16, (1, 3), 64), (9, (1, 1), 16), (16, (2, 2), 32), (64, (1, 1), 64)],
 )
 def test_row_tile_from_query_lengths_on_the_cpu(
     kernel: FakeKernel, num_heads: int, query_lens: tuple[int, ...], row_tile: int
@@ -266,6 +266,45 @@ def test_row_tile_from_query_lengths_on_the_cpu(
     wrapper.run(**run_inputs(sum(query_lens), num_heads))
     assert [variant.row_tile for variant in kernel.loaded] == [row_tile]
     assert kernel.calls[0][0].row_tile == row_tile
+
+
+def test_more_than_64_rows_have_a_kernel_for_short_and_one_for_long_requests(
+    kernel: FakeKernel,
+) -> None:
+    """Both loaded by the first plan; chosen by each from the pages that kv_indices has room for."""
+    wrapper = make_wrapper()
+    for num_pages in (2047, 2048, 2047, 2048):  # of 64 tokens, each in two row tiles
+        indices = torch.zeros(num_pages, dtype=torch.int32)
+        wrapper.plan(**plan_arguments(num_heads=128, kv_indices=indices))
+        assert sorted(variant.row_tile for variant in kernel.loaded) == [64, 128]
+        for _ in range(2):
+            wrapper.run(**run_inputs(num_heads=128))
+    used = [variant.row_tile for variant, _ in kernel.calls]
+    assert used == [64, 64, 128, 128, 64, 64, 128, 128]
+
+
+def test_graph_buffers_choose_the_kernel_of_more_than_64_rows(kernel: FakeKernel) -> None:
+    """By their size: what a captured graph will find there at its replays is not known."""
+    indptr = torch.empty(3, dtype=torch.int32, device=META)
+    buffers = {"qo_indptr": indptr, "kv_indptr": indptr.clone(), "kv_len_arr": indptr[:2].clone()}
+    for num_pages, row_tile in ((2047, 64), (2048, 128)):
+        indices = torch.empty(num_pages, dtype=torch.int32, device=META)
+        wrapper = make_wrapper(use_cuda_graph=True, kv_indices=indices, **buffers)
+        wrapper.plan(**plan_arguments(num_heads=128))
+        wrapper.run(**run_inputs(num_heads=128))
+        assert kernel.calls[-1][0].row_tile == row_tile
+
+
+@pytest.mark.parametrize("num_pages", [4, 4096])
+def test_batch_invariant_calls_have_one_kernel_whatever_their_lengths(
+    kernel: FakeKernel, num_pages: int
+) -> None:
+    indices = torch.zeros(num_pages, dtype=torch.int32)
+    wrapper = make_wrapper()
+    wrapper.plan(**plan_arguments(num_heads=128, kv_indices=indices), fixed_split_size=2)
+    wrapper.run(**run_inputs(num_heads=128))
+    assert [variant.row_tile for variant, _ in kernel.calls] == [128]
+    assert {variant.row_tile for variant in kernel.loaded} == {128}
 
 
 def test_row_tile_from_the_mean_where_lengths_are_on_the_device(kernel: FakeKernel) -> None:
@@ -420,6 +459,7 @@ def test_choose_row_tile(rows: int, row_tile: int) -> None:
     assert dispatch.choose_row_tile(rows, 1) == dispatch.choose_row_tile(1, rows) == row_tile
     assert dispatch.choose_row_tile(rows, 1, "fp8") == min(row_tile, 64)
     assert dispatch.choose_row_tile(rows, 1, "flashmla_656") == min(row_tile, 32)
+    assert dispatch.choose_row_tile(rows, 1, is_long=False) == min(row_tile, 64)
 
 
 def test_choose_kv_loader() -> None:

@@ -136,6 +136,7 @@ class Case:
     validate: bool
     fixed_split_size: int | None  # pages
     fp8: Fp8 = Fp8()  # with kv_dtype "fp8_e4m3"
+    counts_as_long: bool = False  # whatever the lengths: more than 64 rows have two kernels
 
     def describe(self) -> str:
         """The fields that matter most, in one line."""
@@ -246,6 +247,7 @@ def draw_case(seed: int, number: int, limits: Limits) -> Case:
     )
     # Drawn last, so that the rest of a case does not depend on the format.
     kind = chosen.random()
+    case = dataclasses.replace(case, counts_as_long=int(kind * 1e6) % 2 == 0)
     if kind < FLASHMLA_SHARE:
         return dataclasses.replace(case, kv_dtype="flashmla_656")
     if kind < FLASHMLA_SHARE + FP8_SHARE:

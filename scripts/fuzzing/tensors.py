@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unittest.mock
 from typing import Any
 
 import torch
 
-from etap_flashinfer import quantization
+from etap_flashinfer import dispatch, quantization
 
 from .cases import DTYPES, Case, Layout
 
@@ -382,20 +383,22 @@ def _packed(first: torch.Tensor, second: torch.Tensor) -> Any:
 def call(wrapper: Any, tensors: Tensors) -> None:
     """Plan and run; the results are in ``tensors.out`` and ``tensors.lse``."""
     case = tensors.case
-    wrapper.plan(
-        *tensors.index,
-        case.heads,
-        HEAD_DIM_CKV,
-        HEAD_DIM_KPE,
-        case.page_size,
-        case.causal,
-        case.sm_scale,
-        TORCH_DTYPES[case.dtype],
-        TORCH_DTYPES[case.kv_dtype],
-        validate=case.validate,
-        **({"kv_cache_format": case.kv_dtype} if case.kv_dtype not in DTYPES else {}),
-        fixed_split_size=case.fixed_split_size,
-    )
+    min_long_tiles = 0 if case.counts_as_long else dispatch.MIN_LONG_TILES
+    with unittest.mock.patch.object(dispatch, "MIN_LONG_TILES", min_long_tiles):
+        wrapper.plan(
+            *tensors.index,
+            case.heads,
+            HEAD_DIM_CKV,
+            HEAD_DIM_KPE,
+            case.page_size,
+            case.causal,
+            case.sm_scale,
+            TORCH_DTYPES[case.dtype],
+            TORCH_DTYPES[case.kv_dtype],
+            validate=case.validate,
+            **({"kv_cache_format": case.kv_dtype} if case.kv_dtype not in DTYPES else {}),
+            fixed_split_size=case.fixed_split_size,
+        )
     results = {"out": tensors.out, "lse": tensors.lse, "return_lse": True}
     results["return_lse_base_on_e"] = case.lse_base_e
     if case.kv_dtype == "fp8_e4m3":

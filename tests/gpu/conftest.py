@@ -10,11 +10,22 @@ from collections.abc import Callable
 
 import pytest
 
+from etap_flashinfer import dispatch
+
 SEED = int(os.environ.get("ETAP_TEST_SEED", secrets.randbits(31)))
 
 
 def pytest_report_header() -> str:
     return f"GPU tests: ETAP_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def all_requests_count_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a server's graphs: more than 64 rows have the kernel that is made for long requests.
+
+    The one for short requests is that of 64 rows.
+    """
+    monkeypatch.setattr(dispatch, "MIN_LONG_TILES", 0)
 
 
 @pytest.fixture

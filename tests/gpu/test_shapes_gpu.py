@@ -6,7 +6,9 @@ import random
 
 import pytest
 import torch
-from gpu_helpers import check, make_problem, run_once
+from gpu_helpers import check, make_problem, make_wrapper, run_once
+
+from etap_flashinfer import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -80,6 +82,18 @@ def test_long_contexts(heads, lengths, page_size, seed, record):
 def test_long_context_many_rows(heads, seed, record):
     problem = make_problem(seed, [2, 4], [30_001, 9000], heads, causal=True)
     check(problem, *run_once(problem), record)
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+@pytest.mark.parametrize("heads", [72, 128])
+def test_short_and_long_requests_of_many_rows(heads, page_size, seed, record, monkeypatch):
+    """Calls of one wrapper that take turns on the two kernels of more than 64 rows."""
+    monkeypatch.setattr(dispatch, "MIN_LONG_TILES", 256)
+    wrapper = make_wrapper()
+    for index, length in enumerate((300, 9001, 64, 8193)):
+        problem = make_problem(seed + index, [1, 2], [length, length // 2], heads, page_size)
+        check(problem, *run_once(problem, wrapper), record)
+        assert wrapper._plan.is_long == (length > 8000)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 17, 64, 131, 132, 133, 256, 1024, 1500])
