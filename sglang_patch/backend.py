@@ -122,19 +122,20 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
     def _load_kernels(self) -> None:
         """Load the variants for all query lengths: compiled, if need be, at start."""
         device = self.req_to_token.device
+        kv_cache: dispatch.KvCache = "fp8" if self._is_fp8 else "same"
         row_tiles: dict[int | None, int] = {
-            query_len: dispatch.choose_row_tile(self.num_local_heads, query_len)
+            query_len: dispatch.choose_row_tile(self.num_local_heads, query_len, kv_cache)
             for query_len in self._query_lens
         }
         if self._is_fp8 and not self.skip_prefill:
-            row_tiles[None] = dispatch.row_tiles("fp8")[-1]  # prefill
+            row_tiles[None] = dispatch.row_tiles(kv_cache)[-1]  # prefill
         modules = {
             query_len: jit.get_etap_mla_module(
                 jit.EtapMlaVariant(
                     self.q_data_type,
                     row_tile,
                     dispatch.choose_kv_loader(self.page_size),
-                    "fp8" if self._is_fp8 else "same",
+                    kv_cache,
                 )
             )
             for query_len, row_tile in row_tiles.items()

@@ -223,16 +223,17 @@ def test_decode(kit, page_size, layout):
 
 
 @pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND_V2"])
+@pytest.mark.parametrize(("heads", "row_tile"), [(16, 64), (64, 128)])
 @pytest.mark.parametrize("page_size", [1, 64])
-def test_several_queries_a_request(kit, mode, page_size):
-    fixture = make_fixture(kit, mode, (4, 62), (3, 3), heads=16, page_size=page_size)
+def test_several_queries_a_request(kit, mode, heads, row_tile, page_size):
+    fixture = make_fixture(kit, mode, (4, 62), (3, 3), heads=heads, page_size=page_size)
     if mode == "TARGET_VERIFY":
         prepare_verify(fixture)
     actual = kit.run_mla_fixture_eager(fixture)
     expected = kit.expected_mla_fixture_output(fixture)
     torch.testing.assert_close(actual, expected, atol=3e-2, rtol=3e-2)
     assert len(kit.kernel.calls) == 1
-    assert kit.kernel.calls[0][0].startswith("bf16_n64_")
+    assert kit.kernel.calls[0][0].startswith(f"bf16_n{row_tile}_")
 
 
 @pytest.mark.parametrize("page_size", [1, 64])
@@ -243,8 +244,10 @@ def test_decode_of_an_fp8_cache(fp8_kit, page_size):
     assert fp8_kit.kernel.calls == [(f"bf16_fp8_n8_{loader}", 5)]
 
 
-def test_verify_of_an_fp8_cache(fp8_kit):
-    fixture = make_fixture(fp8_kit, "TARGET_VERIFY", (4, 62), (3, 3), heads=16)
+@pytest.mark.parametrize("heads", [16, 64])
+def test_verify_of_an_fp8_cache(fp8_kit, heads):
+    """Also with more than 64 rows a request, for which an fp8 cache has no kernel of its own."""
+    fixture = make_fixture(fp8_kit, "TARGET_VERIFY", (4, 62), (3, 3), heads=heads)
     prepare_verify(fixture)
     actual = fp8_kit.run_mla_fixture_eager(fixture)
     expected = fp8_kit.expected_mla_fixture_output(fixture)
