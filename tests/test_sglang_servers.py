@@ -21,6 +21,16 @@ def test_ports_differ_and_a_taken_one_is_left_out(candidates):
         assert servers.free_port() > first + 1
 
 
+@pytest.mark.parametrize("arguments", [(), ("--dp-size", "2")])
+def test_a_server_gets_its_ports(candidates, monkeypatch, tmp_path, arguments):
+    monkeypatch.setattr(servers.subprocess, "Popen", lambda command, **_: None)
+    command = servers.Server("name", arguments, tmp_path).command
+    given = {option: command[command.index(option) + 1] for option in command if "port" in option}
+    expected = {"--port"} if arguments else {"--port", "--nccl-port"}  # its ranks would share one
+    assert given.keys() == expected
+    assert len(set(given.values())) == len(given)
+
+
 def test_all_ports_are_below_those_that_the_system_hands_out():
     last = servers.PORTS_BEGIN + servers.SCRIPTS * servers.PORTS_OF_SCRIPT
     assert last <= 32_768  # Linux's default

@@ -121,6 +121,9 @@ class Server:
         port = self.url.rsplit(":", 1)[1]
         self.command = [sys.executable, "-m", "sglang.launch_server", *arguments]
         self.command += ["--host", "127.0.0.1", "--port", port]
+        if "--dp-size" not in arguments:  # whose ranks would share one
+            # SGLang's own choice is a port that the system may give away before it is taken.
+            self.command += ["--nccl-port", str(free_port())]
         work.mkdir(parents=True, exist_ok=True)
         with open(self.log_path, "w") as output:
             output.write(" ".join(self.command) + "\n")
