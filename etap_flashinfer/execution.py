@@ -145,7 +145,7 @@ class Executor:
         because requests have grown.
         """
         if (query_len, plan.is_long) not in plan.kernels:
-            for is_long in (True,) if plan.fixed_split_tiles else (True, False):
+            for is_long in (True, False):
                 key = planning.variant_key(plan.problem, query_len, is_long)
                 plan.kernels[query_len, is_long] = self._load_kernel(key)
         return plan.kernels[query_len, plan.is_long]

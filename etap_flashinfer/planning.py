@@ -66,9 +66,7 @@ class Plan:
     checked_call: CheckedCall | None = None
     kernels: dict[tuple[int, bool], Callable[..., None]] = field(default_factory=dict)
     fixed_split_tiles: int = field(init=False)  # of a part in batch-invariant calls; 0 in others
-    # Of the pages that kv_indices has room for; of batch-invariant calls always, so that other
-    # requests have no say.
-    is_long: bool = field(init=False)
+    is_long: bool = field(init=False)  # as dispatch.is_long() has it of the room in kv_indices
 
     def __post_init__(self) -> None:
         problem = self.problem
@@ -76,7 +74,7 @@ class Plan:
         self.fixed_split_tiles = pages * problem.page_size // dispatch.TOKEN_TILE
         num_rows = problem.num_heads * (self.max_query_len or 1)
         num_tokens = self.index[2].numel() * problem.page_size
-        self.is_long = pages > 0 or dispatch.is_long(num_tokens, num_rows)
+        self.is_long = dispatch.is_long(num_tokens, num_rows)
 
     def take_over(self, other: "Plan") -> None:
         """Take what a plan of the same problem found out."""
@@ -159,11 +157,12 @@ def refuse_fixed_split(fixed_split_size: Any, backend: str, reason: str | None) 
 def variant_key(problem: Problem, query_len: int, is_long: bool = True) -> VariantKey:
     """Choose the variant that serves requests of ``query_len`` queries best.
 
-    That of batch-invariant calls is the one for a single query, so that other requests have no say.
+    That of batch-invariant calls is the one for a single query and long requests, so that other
+    requests have no say.
     """
     kv_cache = dispatch.KV_CACHE_OF_FORMAT[problem.kv_cache_format]
     if problem.fixed_split_size is not None:
-        query_len = 1
+        query_len, is_long = 1, True
     return (
         problem.q_data_type,
         dispatch.choose_row_tile(problem.num_heads, query_len, kv_cache, is_long),

@@ -9,6 +9,7 @@ import math
 
 import bench_decode
 import bench_validate
+import fake_kernel
 import pytest
 import readme_tables
 import sanitize_cases
@@ -499,6 +500,19 @@ def test_kernels_that_a_sanitizer_names():
     output = report.format(8) + report.format(16) + report.format(8)
     expected = ["EtapMlaTraits<bfloat16_t, 16, 0>", "EtapMlaTraits<bfloat16_t, 8, 0>"]
     assert validate_gpu.reported_kernels(output) == expected
+
+
+def test_a_sanitizer_case_says_which_variant_it_launched(monkeypatch):
+    """Of the two that the wrapper loads for more than 64 rows, with the CPU in the GPU's place."""
+    fake_kernel.install(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.cpu)
+    workspace = torch.empty(fake_kernel.WORKSPACE_BYTES, dtype=torch.int8)
+    wrapper = etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace, backend="etap")
+    for min_long_tiles, row_tile in ((0, 128), (10**6, 64)):
+        monkeypatch.setattr(dispatch, "MIN_LONG_TILES", min_long_tiles)
+        used: set = set()
+        sanitize_cases.run_case(72, 64, "bf16", "same", False, 1, wrapper, used)
+        assert used == {(torch.bfloat16, row_tile, "tma", "same")}
 
 
 @pytest.mark.parametrize("arguments", validate_gpu.SANITIZER_TOOLS.values(), ids=" ".join)
