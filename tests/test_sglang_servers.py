@@ -36,6 +36,12 @@ def test_all_ports_are_below_those_that_the_system_hands_out():
     assert last <= 32_768  # Linux's default
 
 
+def test_ports_that_a_server_with_dp_counts_up_are_its_own(held):
+    given = list(servers.own_ports())
+    counted = [port + servers.DP_PORTS_ABOVE + i for port in given for i in range(servers.DP_PORTS)]
+    assert len({*given, *counted}) == len(given) + len(counted)
+
+
 def test_says_so_if_no_port_is_free(monkeypatch):
     monkeypatch.setattr(servers, "_candidates", iter(()))
     with pytest.raises(servers.ServerError, match="no port is free"):
@@ -46,7 +52,7 @@ def test_says_so_if_no_port_is_free(monkeypatch):
 def held(monkeypatch):
     """Ranges that the test's scripts have, given back at its end; below those of real ones."""
     monkeypatch.setattr(servers, "PORTS_BEGIN", 10_000)
-    monkeypatch.setattr(servers, "PORTS_OF_SCRIPT", 20)
+    monkeypatch.setattr(servers, "PORTS_OF_SCRIPT", 20 * servers.PORTS_APART)
     monkeypatch.setattr(servers, "SCRIPTS", 4)
     holders: list[socket.socket] = []
     monkeypatch.setattr(servers, "_held", holders)

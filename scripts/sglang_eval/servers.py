@@ -31,6 +31,10 @@ def log(text: str) -> None:
 PORTS_BEGIN = 12_000
 PORTS_OF_SCRIPT = 2_000
 SCRIPTS = 10
+# With --dp-size, a server counts a dozen of its own up from DP_PORTS_ABOVE its given one. Those of
+# servers side by side must not meet, nor a port that is given.
+DP_PORTS_ABOVE, DP_PORTS = 233, 12
+PORTS_APART = 25
 _held: list[socket.socket] = []
 
 
@@ -51,7 +55,7 @@ def own_ports() -> Iterator[int]:
             holder.close()
             continue
         _held.append(holder)  # as long as this process lives
-        yield from range(first + 1, first + PORTS_OF_SCRIPT)
+        yield from range(first + PORTS_APART, first + PORTS_OF_SCRIPT, PORTS_APART)
         return
     raise ServerError(f"{SCRIPTS} other scripts have servers here")
 
