@@ -11,7 +11,8 @@ MAX_NUM_HEADS = 128
 DTYPES = (torch.bfloat16, torch.float16)
 # Of packed rows (query x head). 128: more than 64, in row tiles of 64 by a kernel of their own.
 ROW_TILES = (8, 16, 32, 64, 128)
-# Token tiles, counted for each row tile of 64, from which that kernel is the faster one: 31 for
+ROWS_ON_M = 64  # that fill WGMMA's M
+# Token tiles, counted for each ROWS_ON_M rows, from which that kernel is the faster one: 31 for
 # each of an H200's CTAs (scripts/TUNING.md). With fewer, its longer beginning and end show.
 MIN_LONG_TILES = 4096
 KvLoader = Literal["tma", "gather"]
@@ -40,7 +41,7 @@ def row_tiles(kv_cache: KvCache) -> tuple[int, ...]:
     return tuple(row_tile for row_tile in ROW_TILES if row_tile <= largest)
 
 
-def is_long(num_tokens: int, num_rows: int) -> bool:
+def counts_as_long(num_tokens: int, num_rows: int) -> bool:
     """Whether a batch keeps the kernel busy for long.
 
     Parameters
@@ -50,7 +51,7 @@ def is_long(num_tokens: int, num_rows: int) -> bool:
     num_rows : int
         Packed rows (query x head) of a request.
     """
-    return num_tokens // TOKEN_TILE * -(-num_rows // 64) >= MIN_LONG_TILES
+    return num_tokens // TOKEN_TILE * -(-num_rows // ROWS_ON_M) >= MIN_LONG_TILES
 
 
 def choose_row_tile(
@@ -72,7 +73,7 @@ def choose_row_tile(
     kv_cache : str
         Of the variant.
     is_long : bool
-        As :func:`is_long` has it; True where nobody can know, as in CUDA graphs of a server.
+        As :func:`counts_as_long` has it; True where nobody can know, as in CUDA graphs of a server.
 
     Returns
     -------
@@ -81,7 +82,7 @@ def choose_row_tile(
     """
     rows, tiles = num_heads * query_len, row_tiles(kv_cache)
     if not is_long:
-        tiles = tuple(row_tile for row_tile in tiles if row_tile <= 64)
+        tiles = tuple(row_tile for row_tile in tiles if row_tile <= ROWS_ON_M)
     return next((row_tile for row_tile in tiles if rows <= row_tile), tiles[-1])
 
 

@@ -197,7 +197,7 @@ class BatchMLAPagedAttentionWrapper:
         kv_indices : torch.Tensor
             Page indices, int32, ``kv_indptr[batch]`` or more. With more than 64 rows (query x head)
             a request, its length decides between two kernels, one of which is faster if requests
-            are short (:func:`~etap_flashinfer.dispatch.is_long`); both serve any.
+            are short (:func:`~etap_flashinfer.dispatch.counts_as_long`); both serve any.
         kv_len_arr : torch.Tensor
             Cached tokens of each request, int32, shape ``[batch]``; its length is the batch size.
         num_heads, head_dim_ckv, head_dim_kpe, page_size : int

@@ -66,7 +66,7 @@ class Plan:
     checked_call: CheckedCall | None = None
     kernels: dict[tuple[int, bool], Callable[..., None]] = field(default_factory=dict)
     fixed_split_tiles: int = field(init=False)  # of a part in batch-invariant calls; 0 in others
-    is_long: bool = field(init=False)  # as dispatch.is_long() has it of the room in kv_indices
+    is_long: bool = field(init=False)  # dispatch.counts_as_long() of the room in kv_indices
 
     def __post_init__(self) -> None:
         problem = self.problem
@@ -74,7 +74,7 @@ class Plan:
         self.fixed_split_tiles = pages * problem.page_size // dispatch.TOKEN_TILE
         num_rows = problem.num_heads * (self.max_query_len or 1)
         num_tokens = self.index[2].numel() * problem.page_size
-        self.is_long = dispatch.is_long(num_tokens, num_rows)
+        self.is_long = dispatch.counts_as_long(num_tokens, num_rows)
 
     def take_over(self, other: "Plan") -> None:
         """Take what a plan of the same problem found out."""

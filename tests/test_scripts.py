@@ -520,7 +520,7 @@ def test_sanitizer_cases_reach_every_variant(arguments, monkeypatch, capsys):
     """With the CPU in the place of the GPU; the row tile follows from the mean query length."""
 
     def run_case(heads, page_size, dtype, kv_cache, is_batch_invariant, seed, wrapper, used):
-        row_tile = dispatch.choose_row_tile(heads, 2, kv_cache, dispatch.is_long(0, heads))
+        row_tile = dispatch.choose_row_tile(heads, 2, kv_cache, dispatch.counts_as_long(0, heads))
         kv_loader = dispatch.choose_kv_loader(page_size)
         used.add((sanitize_cases.DTYPES[dtype], row_tile, kv_loader, kv_cache))
         return True
