@@ -42,6 +42,7 @@ struct EtapMlaFp8Traits {
 
   static constexpr int kCtaThreads = kThreads;
   static constexpr int kQueryWarps = kMathWarps;
+  static constexpr int kQueryHelpers = kRowTile == 64 ? kMathThreads : 0, kFirstQueryHelper = 0;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = kRowTile == 64 ? 224 : 216;
@@ -169,6 +170,7 @@ struct Fp8TileTraits {
 
   static constexpr int kCtaThreads = kThreads;
   static constexpr int kQueryWarps = kMathWarps;
+  static constexpr int kQueryHelpers = 0;
 
   // Registers a thread, after the producer gave some of its share to the math warpgroups.
   static constexpr int kMathRegisters = 216;

@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(Traits::kCtaThreads, 1)
   GuessedPage const guessed(params, page_index);
   bool const is_same_schedule = schedule_cta<Traits>(params, shared);
   if (!work.has_segment) return;
+  help_with_first_queries<Traits>(params, shared);
 
   if (threadIdx.x >= kThreads) {
     if constexpr (kHasScoreWarpgroup<Traits>) {

@@ -19,6 +19,11 @@ class MathSegment {
 
   __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
 
+  // Whether this segment's queries were copied with this warpgroup's help, which has to wait.
+  __device__ bool helped_with_queries() const {
+    return Traits::kQueryHelpers > 0 && segment_number_ == 0;
+  }
+
   // Whether P has a low part, too, where the cache has the queries' type.
   __device__ bool splits_probability() const {
     return segment().request.kv_len <= Traits::kLongestSplitPRequest;

@@ -247,8 +247,8 @@ class WithOutput : protected Base_ {
   using Base = Base_;
 
  protected:
-  using Base::kRows, Base::kRowTile, Base::lane_, Base::params_, Base::row, Base::segment,
-      Base::thread_, Base::warp_;
+  using Base::kRows, Base::kRowTile, Base::lane_, Base::multiply_, Base::params_, Base::row,
+      Base::segment, Base::thread_, Base::warp_;
   using typename Base::DType, typename Base::Traits;
   static constexpr int kOutputBlocks = Traits::kHalfColumns / 8;
 
@@ -260,6 +260,30 @@ class WithOutput : protected Base_ {
     Tensor v = make_tensor(make_smem_ptr(this->box(stage, Base::first_box(half))),
                            typename Traits::LayoutV{});
     return mma.get_slice(thread_).partition_fragment_B(v);
+  }
+
+  // O += P V, asynchronously; P in a high and perhaps a low part.
+  template <bool kSplits, class Mma, class Part, class Values>
+  __device__ __forceinline__ void add_product(Mma& mma, Part const& high, Part const& low,
+                                              Values const& v_operand) {
+    mma.accumulate_ = GMMA::ScaleOut::One;
+    warpgroup_fence_operand(output_);
+    warpgroup_arrive();
+    multiply_(mma, high, v_operand, output_);
+    if constexpr (kSplits) multiply_(mma, low, v_operand, output_);
+    warpgroup_commit_batch();
+  }
+
+  // The same with P in shared memory.
+  template <bool kSplits>
+  __device__ __forceinline__ void add_shared_product(DType* high_part, DType* low_part,
+                                                     int32_t stage, int32_t half) {
+    typename Traits::MmaPv mma;
+    auto const thread_mma = mma.get_slice(thread_);
+    Tensor high = make_tensor(make_smem_ptr(high_part), typename Traits::LayoutP{});
+    Tensor low = make_tensor(make_smem_ptr(low_part), typename Traits::LayoutP{});
+    add_product<kSplits>(mma, thread_mma.partition_fragment_A(high),
+                         thread_mma.partition_fragment_A(low), values(mma, stage, half));
   }
 
   // Beyond the request's end a box holds whatever the page or an earlier tile left there. P is zero

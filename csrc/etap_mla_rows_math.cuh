@@ -51,6 +51,10 @@ class ScoreWarpgroup : WithScores<RowsOfEveryTile<Traits>> {
 
   __device__ __forceinline__ void run() {
     for (; this->wait_for_segment(); ++segment_number_) {
+      if (this->helped_with_queries()) {
+        await_queries();
+        cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kScoreBarrier);
+      }
       if (this->splits_probability()) {
         run_segment<true>();
       } else {
@@ -161,17 +165,8 @@ class ValueWarpgroup : WithOutput<RowsOfEveryTile<Traits>> {
   // O[g] += P V[g].
   template <bool kSplits>
   __device__ __forceinline__ void multiply_values() {
-    typename Traits::MmaPv mma;
-    auto const thread_mma = mma.get_slice(thread_);
-    Tensor v_operand = this->values(mma, stage(), warpgroup_);
-    Tensor high = make_tensor(make_smem_ptr(shared_.probability), typename Traits::LayoutP{});
-    Tensor low = make_tensor(make_smem_ptr(this->box(stage(), 0)), typename Traits::LayoutP{});
-    mma.accumulate_ = GMMA::ScaleOut::One;
-    warpgroup_fence_operand(output_);
-    warpgroup_arrive();
-    multiply_(mma, thread_mma.partition_fragment_A(high), v_operand, output_);
-    if constexpr (kSplits) multiply_(mma, thread_mma.partition_fragment_A(low), v_operand, output_);
-    warpgroup_commit_batch();
+    this->template add_shared_product<kSplits>(shared_.probability, this->box(stage(), 0), stage(),
+                                               warpgroup_);
   }
 
   // Once the products are done.

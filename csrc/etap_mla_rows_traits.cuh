@@ -72,7 +72,8 @@ struct RowsTraits {
   struct Storage {
     alignas(1024) DType ring[kRingBoxes * kBoxElements];
     alignas(1024) DType query[cosize_v<LayoutQ>];
-    alignas(1024) DType probability[cosize_v<LayoutP>];  // in a seesaw, its low part
+    alignas(1024) DType probability[cosize_v<LayoutP>];  // in a seesaw, low parts or P of the
+                                                         // second tile
     ScheduleScratch schedule;
     uint64_t box_full[kRingBoxes], box_empty[kRingBoxes];
     uint64_t query_full, query_empty;
@@ -94,6 +95,8 @@ struct RowsMlaTraits : RowsTraits<DType_, kKvLoader_> {
   static constexpr int kCtaThreads = kThreads + kWarpgroupThreads;
   // Arrivals that free the queries: of warps that read them or, the math's, what comes with them.
   static constexpr int kQueryWarps = kMathWarps + kWarpgroupThreads / 32;
+  // Threads that help to copy the first queries, from this one on: the scores'.
+  static constexpr int kQueryHelpers = kWarpgroupThreads, kFirstQueryHelper = kThreads;
 
   // Registers a thread, of which all start with the same number.
   static constexpr int kMathRegisters = 176;
@@ -124,6 +127,7 @@ struct SeesawMlaTraits : RowsTraits<DType_, kKvLoader_> {
 
   static constexpr int kCtaThreads = kThreads;
   static constexpr int kQueryWarps = kMathWarps;
+  static constexpr int kQueryHelpers = kMathThreads, kFirstQueryHelper = 0;
 
   static constexpr int kMathRegisters = 224;
   static constexpr int kProducerRegisters = 3 * 168 - kMathWarpgroups * kMathRegisters;

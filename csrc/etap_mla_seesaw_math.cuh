@@ -49,6 +49,10 @@ class SeesawWarpgroup : WithOutput<WithScores<RowsWarpgroup<Traits>>> {
     int32_t const warpgroup = cutlass::canonical_warp_group_idx();
     for (; this->wait_for_segment(); ++segment_number_) {
       clear(output_);
+      if (this->helped_with_queries()) {
+        await_queries();
+        sync_math();
+      }
       this->begin_scores();
       if (warpgroup == 0) {
         run_segment<0>();
@@ -309,15 +313,10 @@ class SeesawWarpgroup : WithOutput<WithScores<RowsWarpgroup<Traits>>> {
   __device__ __forceinline__ void multiply_own_probability(int32_t tile) {
     if constexpr (!kIsPlain) this->clear_tokens_past_end(tile, kWarpgroup, kWarpgroup);
     typename Traits::MmaPvRegisters mma;
-    Tensor v_operand = this->values(mma, kWarpgroup, kWarpgroup);
-    mma.accumulate_ = GMMA::ScaleOut::One;
-    warpgroup_fence_operand(output_);
     warpgroup_fence_operand(probability_);
     if constexpr (kSplits) warpgroup_fence_operand(probability_low_);
-    warpgroup_arrive();
-    multiply_(mma, probability_, v_operand, output_);
-    if constexpr (kSplits) multiply_(mma, probability_low_, v_operand, output_);
-    warpgroup_commit_batch();
+    this->template add_product<kSplits>(mma, probability_, probability_low_,
+                                        this->values(mma, kWarpgroup, kWarpgroup));
   }
 
   // Of the other's tile, whose boxes that warpgroup has waited for before it announced P.
@@ -325,18 +324,8 @@ class SeesawWarpgroup : WithOutput<WithScores<RowsWarpgroup<Traits>>> {
   __device__ __forceinline__ void multiply_other_probability(int32_t tile) {
     constexpr int kOther = 1 - kWarpgroup;
     if constexpr (!kIsPlain) this->clear_tokens_past_end(tile, kOther, kWarpgroup);
-    typename Traits::MmaPv mma;
-    auto const thread_mma = mma.get_slice(thread_);
-    Tensor v_operand = this->values(mma, kOther, kWarpgroup);
-    Tensor high = make_tensor(make_smem_ptr(place_of_probability<kOther, kSplits>()),
-                              typename Traits::LayoutP{});
-    Tensor low = make_tensor(make_smem_ptr(shared_.probability), typename Traits::LayoutP{});
-    mma.accumulate_ = GMMA::ScaleOut::One;
-    warpgroup_fence_operand(output_);
-    warpgroup_arrive();
-    multiply_(mma, thread_mma.partition_fragment_A(high), v_operand, output_);
-    if constexpr (kSplits) multiply_(mma, thread_mma.partition_fragment_A(low), v_operand, output_);
-    warpgroup_commit_batch();
+    this->template add_shared_product<kSplits>(place_of_probability<kOther, kSplits>(),
+                                               shared_.probability, kOther, kWarpgroup);
   }
 
   uint32_t laps_ = 0;  // this warpgroup's tiles before the one whose scores are next

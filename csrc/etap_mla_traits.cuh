@@ -300,6 +300,7 @@ struct EtapMlaTraits {
 
   static constexpr int kCtaThreads = kThreads;
   static constexpr int kQueryWarps = kMathWarps;
+  static constexpr int kQueryHelpers = 0;
 
   // Of the row tiles that MergeWork has.
   struct NoFoldPieces {};
