@@ -17,7 +17,7 @@
  */
 #pragma once
 
-#include "etap_mla_output.cuh"
+#include "etap_mla_partial.cuh"
 
 namespace etap {
 
@@ -152,6 +152,7 @@ class Merge : MergeOfUnits<Traits> {
   using Base::count_, Base::fragment, Base::kRowTile, Base::kUnitsPerBlock, Base::lane_,
       Base::kUnitsOfBox, Base::params_, Base::rank_, Base::warp_, Base::write_box, Base::write_unit;
   using typename Base::DType;
+  using Place = FragmentPlace<Traits>;
   static constexpr int kPartsInFlight = 8;
   static constexpr int kPartsInFlightOfBox = 4;
   static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
@@ -211,9 +212,7 @@ class Merge : MergeOfUnits<Traits> {
     for (int32_t part = first_part; part < descriptor.num_parts;
          part += kPartsInFlight * num_shares) {
       join_parts<kPartsInFlight>(joined, descriptor.num_parts, slots_of(split.number), part,
-                                 num_shares,
-                                 partial_index<kRowTile>(0, box, row_block, fragment_warp, lane_),
-                                 row_block * 8 + 2 * (lane_ % 4));
+                                 num_shares, Place(box, row_block, fragment_warp, lane_));
     }
     bool const has_other_warps = log_units < 3;
     if (has_other_warps) add_shares(joined, share, num_shares, log_units);
@@ -229,8 +228,7 @@ class Merge : MergeOfUnits<Traits> {
     auto joined = JoinedParts<kUnitsOfBox>::none();
     for (int32_t part = 0; part < descriptor.num_parts; part += kPartsInFlightOfBox) {
       join_parts<kPartsInFlightOfBox>(joined, descriptor.num_parts, slots_of(split.number), part, 1,
-                                      partial_index<kRowTile>(0, box, row_block, 0, lane_),
-                                      row_block * 8 + 2 * (lane_ % 4));
+                                      Place(box, row_block, 0, lane_));
     }
     write_box(joined, descriptor, row_block, box);
   }
@@ -251,39 +249,42 @@ class Merge : MergeOfUnits<Traits> {
   }
 
   template <int kUnits>
-  __device__ void load_part(JoinedParts<kUnits>& part, int32_t slot, int32_t index,
-                            int32_t row) const {
-    float const* const source = params_.partial_out + slot * (kHeadDimCkv * kRowTile) + index;
+  struct LoadedPart {
+    LoadedPartial<Traits, kUnits> partial;
+    float4 ml = {-INFINITY, 0.f, -INFINITY, 0.f};  // maximum and sum of two rows
+
+    __device__ JoinedParts<kUnits> joined() const {
+      JoinedParts<kUnits> part;
 #pragma unroll
-    for (int32_t unit = 0; unit < kUnits; ++unit) {
-      part.sum[unit] = __ldcg(reinterpret_cast<float4 const*>(source + unit * 32 * 4));
+      for (int32_t unit = 0; unit < kUnits; ++unit) part.sum[unit] = partial.fragment(unit);
+      part.max = {ml.x, ml.z};
+      part.total = {ml.y, ml.w};
+      return part;
     }
-    float4 const ml =
-        __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + row));
-    part.max = {ml.x, ml.z};
-    part.total = {ml.y, ml.w};
-  }
+  };
 
   // Adds parts first_part, + stride, ..., kInFlight of them or as many as there are.
   template <int kInFlight, int kUnits>
   __device__ void join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
-                             int32_t first_part, int32_t stride, int32_t index, int32_t row) {
-    JoinedParts<kUnits> parts[kInFlight];
+                             int32_t first_part, int32_t stride, Place const& place) {
+    LoadedPart<kUnits> parts[kInFlight];
 #pragma unroll
     for (int32_t i = 0; i < kInFlight; ++i) {
-      parts[i] = JoinedParts<kUnits>::none();
       int32_t const part = first_part + i * stride;
       if (part >= num_parts) continue;
-      load_part(parts[i], slots[part], index, row);
+      int32_t const slot = slots[part];
+      parts[i].partial.load(params_, slot, place);
+      parts[i].ml =
+          __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + place.row));
     }
     float2 new_max = joined.max;
 #pragma unroll
     for (int32_t i = 0; i < kInFlight; ++i) {
-      new_max = {fmaxf(new_max.x, parts[i].max.x), fmaxf(new_max.y, parts[i].max.y)};
+      new_max = {fmaxf(new_max.x, parts[i].ml.x), fmaxf(new_max.y, parts[i].ml.z)};
     }
     joined.rescale(new_max);
 #pragma unroll
-    for (int32_t i = 0; i < kInFlight; ++i) joined.add_scaled(parts[i]);
+    for (int32_t i = 0; i < kInFlight; ++i) joined.add_scaled(parts[i].joined());
   }
 
   // Adds what the warps of the same unit have, in the order of their shares.

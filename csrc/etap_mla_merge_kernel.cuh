@@ -64,7 +64,7 @@ class DescriptorSearch {
     return found;
   }
 
-  static constexpr int kDescriptors = 160;
+  static constexpr int kDescriptors = 128;
 
  private:
   static constexpr int kPerLane = kDescriptors / 32;

@@ -10,7 +10,7 @@
 
 #include "etap_mla_loader.cuh"
 #include "etap_mla_math_segment.cuh"
-#include "etap_mla_output.cuh"
+#include "etap_mla_partial.cuh"
 #include "etap_mla_rows_traits.cuh"
 #include "etap_mla_wgmma.cuh"
 
@@ -361,26 +361,51 @@ class WithOutput : protected Base_ {
     int32_t thread = threadIdx.x;
     // So that no place is found before the loop over tiles, where there is no register to keep it.
     asm volatile("" : "+r"(thread));
+    PartialSlot<kRowTile> const partial(params_, slot);
     int32_t const warp = thread / 32 % 4, lane = thread % 32;
-    int32_t const row_of_lane = lane / 4;
-    bool const is_odd = row_of_lane & 1;
-    int32_t const fragment_lane = (2 * (lane % 4) + (is_odd ? 1 : 0)) * 4 + row_of_lane / 2;
-    auto exchange = [&](int32_t i, int32_t block) {
-      float const first = output(i, block, 0), second = output(i, block, 1);
-      float const kept = is_odd ? second : first;
-      float const received = __shfl_xor_sync(0xffffffff, is_odd ? first : second, 4);
-      return is_odd ? make_float2(received, kept) : make_float2(kept, received);
+    bool const is_odd = lane / 4 & 1;
+    int32_t const fragment_lane = (2 * (lane % 4) + (is_odd ? 1 : 0)) * 4 + lane / 8;
+    auto const index = [&](int32_t i, int32_t fragment) {
+      return partial_index<kRowTile>(half * kBoxesPerWarpgroup + fragment / 4, warp * 2 + i,
+                                     fragment % 4, fragment_lane);
     };
+    if constexpr (kHasHalfPartials<Traits>) {
+      float unit[kRows];
+      find_units<1, 2>(unit, [&](auto const& consider) {
 #pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
+        for (int32_t i = 0; i < size(output_); ++i) consider(i / 2 % 2, output_(i));
+      });
 #pragma unroll
-      for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
-        float2 const lower = exchange(i, 2 * fragment), upper = exchange(i, 2 * fragment + 1);
-        int32_t const index =
-            partial_index<kRowTile>(slot, half * kBoxesPerWarpgroup + fragment / 4, warp * 2 + i,
-                                    fragment % 4, fragment_lane);
-        *reinterpret_cast<float4*>(params_.partial_out + index) =
-            make_float4(lower.x, lower.y, upper.x, upper.y);
+      for (int32_t i = 0; i < kRows; ++i) {
+        if (lane % 4 == 0) *partial.unit(half, warp * 16 + lane / 4 + 8 * i) = unit[i];
+        float const factor = inverse_of_unit(unit[i]);
+        auto const exchange = [&](int32_t block) {
+          uint32_t const own =
+              pack<cutlass::half_t>(output(i, block, 0) * factor, output(i, block, 1) * factor);
+          uint32_t const received = __shfl_xor_sync(0xffffffff, own, 4);
+          return __byte_perm(own, received, is_odd ? 0x3276 : 0x5410);
+        };
+#pragma unroll
+        for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
+          *reinterpret_cast<uint2*>(partial.halves(index(i, fragment))) =
+              make_uint2(exchange(2 * fragment), exchange(2 * fragment + 1));
+        }
+      }
+    } else {
+      auto const exchange = [&](int32_t i, int32_t block) {
+        float const first = output(i, block, 0), second = output(i, block, 1);
+        float const kept = is_odd ? second : first;
+        float const received = __shfl_xor_sync(0xffffffff, is_odd ? first : second, 4);
+        return is_odd ? make_float2(received, kept) : make_float2(kept, received);
+      };
+#pragma unroll
+      for (int32_t i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
+          float2 const lower = exchange(i, 2 * fragment), upper = exchange(i, 2 * fragment + 1);
+          *reinterpret_cast<float4*>(partial.floats(index(i, fragment))) =
+              make_float4(lower.x, lower.y, upper.x, upper.y);
+        }
       }
     }
   }

@@ -24,7 +24,8 @@ struct RowsTraits {
   static constexpr int kEmptyPlaces = 4;        // as in EtapMlaTraits
   static constexpr bool kGuessesPages = false;  // slower: the first tile waits for Q anyway
   static constexpr bool kPairsRowTiles = true;
-  static constexpr bool kFolds = false;  // accumulators leave no registers for it
+  static constexpr int kPartialUnits = 2;  // of a row: of each half of the columns
+  static constexpr bool kFolds = false;    // accumulators leave no registers for it
 
   // P in a high and a low part of DType adds nothing to the error of the result, but takes P V
   // twice. Rounding P shows less the more tokens share the weight: longer requests have the high
