@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import pathlib
 import random
@@ -97,6 +98,40 @@ def test_sms_taken_by_another_kernel(hog, blocks, heads, shape, seed):
     # Nothing is left behind that disturbs the next call.
     for given, wanted in zip(run_once(problem, wrapper), expected, strict=True):
         assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("exponent", [-90, 0, 90])
+def test_columns_of_any_size(exponent, heads, shape, seed):
+    """Parts are kept in fp16: columns 2^-12 to 2^12 times a common size have the same relative
+    error, and one that an infinite value makes NaN does not show in the others."""
+    problem = make_problem(seed, *SHAPES[shape], heads)
+    exponents = torch.randint(-12, 13, (512,), generator=torch.Generator().manual_seed(seed))
+    scale = torch.exp2(exponents + float(exponent)).cuda()
+    column = 77  # of one token alone, whose weight it makes 0
+    scale[column] = 1.0
+    problem.q_nope[..., column] = -1.0
+    largest = torch.finfo(problem.dtype).max
+    first_token = (problem.kv_indices[problem.kv_indptr[-2]], 0, column)
+    for latents in (problem.ckv, *problem.tokens):
+        latents[..., column] = 0.0
+    problem.ckv[first_token] = problem.tokens[-1][0, column] = largest
+
+    scaled = dataclasses.replace(
+        problem,
+        q_nope=(problem.q_nope.double() / scale).to(problem.dtype),
+        ckv=(problem.ckv.double() * scale).to(problem.dtype),
+    )
+    out, lse = run_once(scaled)
+    check(problem, out.double() / scale, lse)
+
+    scaled.ckv[first_token] = torch.inf
+    broken, broken_lse = run_once(scaled)
+    assert broken[-1, :, column].isnan().all()
+    broken[-1, :, column] = out[-1, :, column]
+    assert torch.equal(broken, out)
+    assert torch.equal(broken_lse, lse)
 
 
 def test_streams_of_different_priority(seed):
