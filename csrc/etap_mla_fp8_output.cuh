@@ -7,7 +7,7 @@
 #pragma once
 
 #include "etap_mla_math_thread.cuh"
-#include "etap_mla_partial.cuh"
+#include "etap_mla_output.cuh"
 
 namespace etap {
 
@@ -43,44 +43,21 @@ template <class Traits, typename OfBox, typename Scale>
 __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t slot,
                                                   MathThread const& thread, OfBox of_box,
                                                   Scale scale) {
-  constexpr bool kIsHalf = kHasHalfPartials<Traits>;
-  constexpr int32_t kRows = Traits::kRowsPerThread;
   int32_t const lane = thread.fresh_lane();
-  PartialSlot<Traits::kRowTile> const partial(params, slot);
-  auto const value = [&](int32_t box, int32_t i, int32_t odd) {
-    return of_box(box)(i / 2 * 4 + odd * 2 + i % 2) * scale(box);
-  };
-  float unit[kRows];
-  if constexpr (kIsHalf) {
-    find_units<4, 16>(unit, [&](auto const& consider) {
-#pragma unroll
-      for (int32_t i = 0; i < 2 * kRows; ++i) {
-#pragma unroll
-        for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
-          consider(i / 2, value(box, i / 2, i % 2));
-        }
-      }
-    });
-    write_units_of_warp(partial, 4 * thread.warpgroup + thread.warp, lane, unit);
-  }
   int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
   int32_t const upper_half = lane / 16;
 #pragma unroll
-  for (int32_t i = 0; i < kRows; i += 2) {
+  for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
 #pragma unroll
-    for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
-      int32_t const index = partial_index<Traits::kRowTile>(2 * box + thread.warpgroup, i / 2,
+    for (int32_t block = 0; block < Traits::kRowTile / 8; ++block) {
+      int32_t const index = partial_index<Traits::kRowTile>(slot, 2 * box + thread.warpgroup, block,
                                                             thread.warp, scattered_lane) +
                             upper_half * 2;
 #pragma unroll
       for (int32_t odd = 0; odd < 2; ++odd) {
-        float const first = value(box, i, odd), second = value(box, i + 1, odd);
-        if constexpr (kIsHalf) {
-          *partial.halves(index + odd * 16) = pack<cutlass::half_t>(
-              first * inverse_of_unit(unit[i]), second * inverse_of_unit(unit[i + 1]));
-        } else {
-          *reinterpret_cast<float2*>(partial.floats(index + odd * 16)) = make_float2(first, second);
-        }
+        float const* const rows = &of_box(box)(block * 4 + odd * 2);
+        *reinterpret_cast<float2*>(params.partial_out + index + odd * 16) =
+            make_float2(rows[0] * scale(box), rows[1] * scale(box));
       }
     }
   }

@@ -8,7 +8,7 @@
 
 #include "etap_mla_math_segment.cuh"
 #include "etap_mla_math_thread.cuh"
-#include "etap_mla_partial.cuh"
+#include "etap_mla_output.cuh"
 #include "etap_mla_wgmma.cuh"
 
 namespace etap {
@@ -122,59 +122,17 @@ class MathOutput : protected MathSegment<Traits> {
 
   template <class Output>
   __device__ void write_partial(int32_t slot, Output const& output) {
-    if constexpr (kHasHalfPartials<Traits>) {
-      write_halves(slot, output);
-    } else {
-      write_floats(slot, output);
-    }
-  }
-
-  template <class Output>
-  __device__ void write_halves(int32_t slot, Output const& output) {
-    PartialSlot<kRowTile> const partial(params_, slot);
-    float unit[kRows];
-    find_units<4, 16>(unit, [&](auto const& consider) {
-#pragma unroll
-      for (int32_t i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-          consider(i, output(box, i / 2, i % 2));
-          consider(i, output(box, i / 2, i % 2 + 2));
-        }
-      }
-    });
-    write_units_of_warp(partial, 4 * thread_.warpgroup + thread_.warp, thread_.lane, unit);
-#pragma unroll
-    for (int32_t block = 0; block < kRowBlocks; ++block) {
-      float const factor_0 = inverse_of_unit(unit[2 * block]);
-      float const factor_1 = inverse_of_unit(unit[2 * block + 1]);
-#pragma unroll
-      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-        auto const value = [&](int32_t i) {
-          return output(box, block, i) * (i % 2 == 0 ? factor_0 : factor_1);
-        };
-        *reinterpret_cast<uint2*>(partial.halves(index_of(box, block))) = make_uint2(
-            pack<cutlass::half_t>(value(0), value(1)), pack<cutlass::half_t>(value(2), value(3)));
-      }
-    }
-  }
-
-  template <class Output>
-  __device__ void write_floats(int32_t slot, Output const& output) {
-    PartialSlot<kRowTile> const partial(params_, slot);
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
 #pragma unroll
       for (int32_t block = 0; block < kRowBlocks; ++block) {
+        int32_t const index = partial_index<kRowTile>(slot, 2 * box + thread_.warpgroup, block,
+                                                      thread_.warp, thread_.lane);
         auto const value = [&](int32_t i) { return output(box, block, i); };
-        *reinterpret_cast<float4*>(partial.floats(index_of(box, block))) =
+        *reinterpret_cast<float4*>(params_.partial_out + index) =
             make_float4(value(0), value(1), value(2), value(3));
       }
     }
-  }
-
-  __device__ int32_t index_of(int32_t box, int32_t block) const {
-    return partial_index<kRowTile>(2 * box + thread_.warpgroup, block, thread_.warp, thread_.lane);
   }
 
   __device__ void write_row(int32_t slot, RowStatistics const& row) const {

@@ -361,24 +361,24 @@ class WithOutput : protected Base_ {
     int32_t thread = threadIdx.x;
     // So that no place is found before the loop over tiles, where there is no register to keep it.
     asm volatile("" : "+r"(thread));
-    PartialSlot<kRowTile> const partial(params_, slot);
     int32_t const warp = thread / 32 % 4, lane = thread % 32;
     bool const is_odd = lane / 4 & 1;
     int32_t const fragment_lane = (2 * (lane % 4) + (is_odd ? 1 : 0)) * 4 + lane / 8;
-    auto const index = [&](int32_t i, int32_t fragment) {
-      return partial_index<kRowTile>(half * kBoxesPerWarpgroup + fragment / 4, warp * 2 + i,
+    auto const index = [&](int32_t slot, int32_t i, int32_t fragment) {
+      return partial_index<kRowTile>(slot, half * kBoxesPerWarpgroup + fragment / 4, warp * 2 + i,
                                      fragment % 4, fragment_lane);
     };
-    if constexpr (kHasHalfPartials<Traits>) {
-      float unit[kRows];
-      find_units<1, 2>(unit, [&](auto const& consider) {
+    if constexpr (Traits::kHasHalfPartials) {
+      HalfPartial<kRowTile> const partial(params_, slot);
+      float largest[kRows];
+      find_largest(largest, [&](auto const& consider) {
 #pragma unroll
-        for (int32_t i = 0; i < size(output_); ++i) consider(i / 2 % 2, output_(i));
+        for (int32_t j = 0; j < size(output_); ++j) consider(j / 2 % 2, output_(j));
       });
 #pragma unroll
       for (int32_t i = 0; i < kRows; ++i) {
-        if (lane % 4 == 0) *partial.unit(half, warp * 16 + lane / 4 + 8 * i) = unit[i];
-        float const factor = inverse_of_unit(unit[i]);
+        float const unit = unit_of(largest[i]), factor = inverse_of_unit(unit);
+        if (lane % 4 == 0) *partial.unit(half, warp * 16 + lane / 4 + 8 * i) = unit;
         auto const exchange = [&](int32_t block) {
           uint32_t const own =
               pack<cutlass::half_t>(output(i, block, 0) * factor, output(i, block, 1) * factor);
@@ -387,7 +387,7 @@ class WithOutput : protected Base_ {
         };
 #pragma unroll
         for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
-          *reinterpret_cast<uint2*>(partial.halves(index(i, fragment))) =
+          *partial.numbers(index(0, i, fragment)) =
               make_uint2(exchange(2 * fragment), exchange(2 * fragment + 1));
         }
       }
@@ -403,7 +403,7 @@ class WithOutput : protected Base_ {
 #pragma unroll
         for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
           float2 const lower = exchange(i, 2 * fragment), upper = exchange(i, 2 * fragment + 1);
-          *reinterpret_cast<float4*>(partial.floats(index(i, fragment))) =
+          *reinterpret_cast<float4*>(params_.partial_out + index(slot, i, fragment)) =
               make_float4(lower.x, lower.y, upper.x, upper.y);
         }
       }

@@ -28,10 +28,10 @@ Where the error comes from, to first order, for one row:
     in two parts, whatever the length: csrc/etap_mla_flashmla_scores.cuh says what is lost. For
     e4m3 codes with one scale the weights are e4m3 or fp16, and products may be cut off: codes.py.
 3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
-4.  What CTAs that share a row have of O. Next to results of bf16 it is stored in fp16, the largest
-    number of a row between 2^14 and 2^15: rounded by 2^-11 of itself, and of small ones half the
-    smallest subnormal number may be lost, 2^-39 of the largest. Weights being what they are, it is
-    no more than sum p |V|.
+4.  What CTAs that share a row tile have of O. With rows on WGMMA's M and results of bf16 it is
+    stored in fp16, the largest number of a row between 2^14 and 2^15: rounded by 2^-11 of itself,
+    and of small ones half the smallest subnormal number may be lost, 2^-39 of the largest. Summed
+    with the parts' weights that is no more than the same shares of sum p |V|.
 5.  O, rounded once to the output's type: the only error of an exact computation.
 
 Two criteria bound the output. By element, with certainty: 1 to 4 at their worst, put through the
@@ -69,7 +69,7 @@ SCORE_ROUNDOFF = 36 * 2.0**-23  # the tensor cores cut off: a whole unit of the 
 LOGIT_ROUNDOFF = 2.0**-23
 EXP_ROUNDOFF = 2.0**-21
 SUM_ROUNDOFF = 2.0**-24
-PARTIAL_ROUNDOFF = 2.0**-11  # of bf16 results, of requests of more than one token tile
+PARTIAL_ROUNDOFF = 2.0**-11  # of O of a part, of requests of more than one token tile
 PARTIAL_SMALLEST = 2.0**-39
 TOKEN_TILE = 64
 FIXED_SUM_STEPS = 64  # over warps, parts of a split row tile and the normalisation
@@ -223,10 +223,9 @@ def exact(
         has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None, None]
         unit = UNIT_ROUNDOFF[dtype]
         storing_bound = torch.where(has_two_parts, unit**2, unit) * (p @ v)
-    if dtype == torch.bfloat16:
-        partial = p @ v
-        partial = PARTIAL_ROUNDOFF * partial + PARTIAL_SMALLEST * partial.amax(-1, keepdim=True)
-        storing_bound += torch.where(visible > TOKEN_TILE, partial, 0.0)
+    if dtype == torch.bfloat16 and codes is None and not is_flashmla:
+        partial = PARTIAL_ROUNDOFF * (p @ v) + PARTIAL_SMALLEST * (p @ v.amax(-1, keepdim=True))
+        storing_bound += torch.where((group.kv_lens > TOKEN_TILE)[:, None, None], partial, 0.0)
     log_total = torch.where(total > 0, divisor.log() + top, -math.inf).squeeze(-1)
     lse_bound = uncertainty / (1 - uncertainty).clamp(min=0.05) + steps * SUM_ROUNDOFF
     return Exact(
