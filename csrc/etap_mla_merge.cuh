@@ -248,20 +248,49 @@ class Merge : MergeOfUnits<Traits> {
                                        : PartSlots{2 * number, 2};
   }
 
+  // Of fp16, as it was loaded.
   template <int kUnits>
-  struct LoadedPart {
-    LoadedPartial<Traits, kUnits> partial;
-    float4 ml = {-INFINITY, 0.f, -INFINITY, 0.f};  // maximum and sum of two rows
+  struct HalfPart {
+    HalfFragments<kUnits> fragments;
+    float2 max, total;
 
-    __device__ JoinedParts<kUnits> joined() const {
-      JoinedParts<kUnits> part;
-#pragma unroll
-      for (int32_t unit = 0; unit < kUnits; ++unit) part.sum[unit] = partial.fragment(unit);
-      part.max = {ml.x, ml.z};
-      part.total = {ml.y, ml.w};
-      return part;
-    }
+    __device__ static HalfPart none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
   };
+  template <int kUnits>
+  using LoadedPart =
+      std::conditional_t<Traits::kHasHalfPartials, HalfPart<kUnits>, JoinedParts<kUnits>>;
+
+  template <int kUnits>
+  __device__ static JoinedParts<kUnits> const& joined_parts(JoinedParts<kUnits> const& part) {
+    return part;
+  }
+  template <int kUnits>
+  __device__ static JoinedParts<kUnits> joined_parts(HalfPart<kUnits> const& part) {
+    JoinedParts<kUnits> joined;
+#pragma unroll
+    for (int32_t unit = 0; unit < kUnits; ++unit) joined.sum[unit] = part.fragments.fragment(unit);
+    joined.max = part.max;
+    joined.total = part.total;
+    return joined;
+  }
+
+  template <int kUnits>
+  __device__ void load_part(LoadedPart<kUnits>& part, int32_t slot, Place const& place) const {
+    if constexpr (Traits::kHasHalfPartials) {
+      part.fragments.load(params_, slot, place);
+    } else {
+      float const* const source =
+          params_.partial_out + slot * (kHeadDimCkv * kRowTile) + place.index;
+#pragma unroll
+      for (int32_t unit = 0; unit < kUnits; ++unit) {
+        part.sum[unit] = __ldcg(reinterpret_cast<float4 const*>(source + unit * 32 * 4));
+      }
+    }
+    float4 const ml =
+        __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + place.row));
+    part.max = {ml.x, ml.z};
+    part.total = {ml.y, ml.w};
+  }
 
   // Adds parts first_part, + stride, ..., kInFlight of them or as many as there are.
   template <int kInFlight, int kUnits>
@@ -270,21 +299,19 @@ class Merge : MergeOfUnits<Traits> {
     LoadedPart<kUnits> parts[kInFlight];
 #pragma unroll
     for (int32_t i = 0; i < kInFlight; ++i) {
+      parts[i] = LoadedPart<kUnits>::none();
       int32_t const part = first_part + i * stride;
       if (part >= num_parts) continue;
-      int32_t const slot = slots[part];
-      parts[i].partial.load(params_, slot, place);
-      parts[i].ml =
-          __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + place.row));
+      load_part<kUnits>(parts[i], slots[part], place);
     }
     float2 new_max = joined.max;
 #pragma unroll
     for (int32_t i = 0; i < kInFlight; ++i) {
-      new_max = {fmaxf(new_max.x, parts[i].ml.x), fmaxf(new_max.y, parts[i].ml.z)};
+      new_max = {fmaxf(new_max.x, parts[i].max.x), fmaxf(new_max.y, parts[i].max.y)};
     }
     joined.rescale(new_max);
 #pragma unroll
-    for (int32_t i = 0; i < kInFlight; ++i) joined.add_scaled(parts[i].joined());
+    for (int32_t i = 0; i < kInFlight; ++i) joined.add_scaled(joined_parts(parts[i]));
   }
 
   // Adds what the warps of the same unit have, in the order of their shares.

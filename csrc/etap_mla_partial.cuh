@@ -87,45 +87,30 @@ struct FragmentPlace {
         row(row_block * 8 + 2 * (lane % 4)) {}
 };
 
-// Neighbouring fragments of a part as they lie in memory, so that no load waits for what is made of
+// Neighbouring fragments of fp16 as they lie in memory, so that no load waits for what is made of
 // another.
-template <class Traits, int kFragments>
-class LoadedPartial {
- public:
+template <int kFragments>
+struct HalfFragments {
+  uint2 numbers[kFragments];
+  float2 unit;
+
+  template <class Traits>
   __device__ __forceinline__ void load(Params const& params, int32_t slot,
                                        FragmentPlace<Traits> const& first) {
-    constexpr int32_t kStride = 32 * 4;
-    if constexpr (Traits::kHasHalfPartials) {
-      HalfPartial<Traits::kRowTile> const partial(params, slot);
+    HalfPartial<Traits::kRowTile> const partial(params, slot);
 #pragma unroll
-      for (int32_t i = 0; i < kFragments; ++i) {
-        numbers_[i] = __ldcg(partial.numbers(first.index + i * kStride));
-      }
-      unit_ = __ldcg(reinterpret_cast<float2 const*>(partial.unit(first.half, first.row)));
-    } else {
-      float const* const numbers =
-          params.partial_out + slot * (kHeadDimCkv * Traits::kRowTile) + first.index;
-#pragma unroll
-      for (int32_t i = 0; i < kFragments; ++i) {
-        numbers_[i] = __ldcg(reinterpret_cast<float4 const*>(numbers + i * kStride));
-      }
+    for (int32_t i = 0; i < kFragments; ++i) {
+      numbers[i] = __ldcg(partial.numbers(first.index + i * 32 * 4));
     }
+    unit = __ldcg(reinterpret_cast<float2 const*>(partial.unit(first.half, first.row)));
   }
 
   // Columns lane / 4 and lane / 4 + 8: (d, row), (d, row + 1), (d + 8, row), (d + 8, row + 1).
   __device__ __forceinline__ float4 fragment(int32_t i) const {
-    if constexpr (Traits::kHasHalfPartials) {
-      float2 const upper = unpack<cutlass::half_t>(numbers_[i].x);
-      float2 const lower = unpack<cutlass::half_t>(numbers_[i].y);
-      return {upper.x * unit_.x, upper.y * unit_.y, lower.x * unit_.x, lower.y * unit_.y};
-    } else {
-      return numbers_[i];
-    }
+    float2 const first = unpack<cutlass::half_t>(numbers[i].x);
+    float2 const second = unpack<cutlass::half_t>(numbers[i].y);
+    return {first.x * unit.x, first.y * unit.y, second.x * unit.x, second.y * unit.y};
   }
-
- private:
-  std::conditional_t<Traits::kHasHalfPartials, uint2, float4> numbers_[kFragments] = {};
-  float2 unit_ = {};
 };
 
 }  // namespace etap
