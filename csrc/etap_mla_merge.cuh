@@ -251,14 +251,14 @@ class Merge : MergeOfUnits<Traits> {
   // Of fp16, as it was loaded.
   template <int kUnits>
   struct HalfPart {
-    HalfFragments<kUnits> fragments;
+    HalfFragments<Traits, kUnits> fragments;
     float2 max, total;
 
     __device__ static HalfPart none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
   };
   template <int kUnits>
   using LoadedPart =
-      std::conditional_t<Traits::kHasHalfPartials, HalfPart<kUnits>, JoinedParts<kUnits>>;
+      std::conditional_t<kHasHalfPartials<Traits>, HalfPart<kUnits>, JoinedParts<kUnits>>;
 
   template <int kUnits>
   __device__ static JoinedParts<kUnits> const& joined_parts(JoinedParts<kUnits> const& part) {
@@ -276,7 +276,7 @@ class Merge : MergeOfUnits<Traits> {
 
   template <int kUnits>
   __device__ void load_part(LoadedPart<kUnits>& part, int32_t slot, Place const& place) const {
-    if constexpr (Traits::kHasHalfPartials) {
+    if constexpr (kHasHalfPartials<Traits>) {
       part.fragments.load(params_, slot, place);
     } else {
       float const* const source =

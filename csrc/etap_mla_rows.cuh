@@ -368,27 +368,26 @@ class WithOutput : protected Base_ {
       return partial_index<kRowTile>(slot, half * kBoxesPerWarpgroup + fragment / 4, warp * 2 + i,
                                      fragment % 4, fragment_lane);
     };
-    if constexpr (Traits::kHasHalfPartials) {
+    if constexpr (kHasHalfPartials<Traits>) {
       HalfPartial<kRowTile> const partial(params_, slot);
-      float largest[kRows];
-      find_largest(largest, [&](auto const& consider) {
+      float const unit = find_unit([&](auto const& consider) {
 #pragma unroll
-        for (int32_t j = 0; j < size(output_); ++j) consider(j / 2 % 2, output_(j));
+        for (int32_t j = 0; j < size(output_); ++j) consider(output_(j));
       });
+      if (lane == 0) *partial.unit(half * 4 + warp) = unit;
+      float const factor = inverse_of_unit(unit);
+      auto const exchange = [&](int32_t i, int32_t block) {
+        uint32_t const own =
+            pack<cutlass::half_t>(output(i, block, 0) * factor, output(i, block, 1) * factor);
+        uint32_t const received = __shfl_xor_sync(0xffffffff, own, 4);
+        return __byte_perm(own, received, is_odd ? 0x3276 : 0x5410);
+      };
 #pragma unroll
       for (int32_t i = 0; i < kRows; ++i) {
-        float const unit = unit_of(largest[i]), factor = inverse_of_unit(unit);
-        if (lane % 4 == 0) *partial.unit(half, warp * 16 + lane / 4 + 8 * i) = unit;
-        auto const exchange = [&](int32_t block) {
-          uint32_t const own =
-              pack<cutlass::half_t>(output(i, block, 0) * factor, output(i, block, 1) * factor);
-          uint32_t const received = __shfl_xor_sync(0xffffffff, own, 4);
-          return __byte_perm(own, received, is_odd ? 0x3276 : 0x5410);
-        };
 #pragma unroll
         for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
-          *partial.numbers(index(0, i, fragment)) =
-              make_uint2(exchange(2 * fragment), exchange(2 * fragment + 1));
+          *reinterpret_cast<uint2*>(partial.numbers(index(0, i, fragment))) =
+              make_uint2(exchange(i, 2 * fragment), exchange(i, 2 * fragment + 1));
         }
       }
     } else {

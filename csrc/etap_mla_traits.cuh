@@ -293,7 +293,7 @@ struct EtapMlaTraits {
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
   static constexpr bool kGuessesPages = true;
   static constexpr bool kPairsRowTiles = false;
-  static constexpr bool kHasHalfPartials = false;  // to find units takes what it saves
+  static constexpr bool kHasRowsOnM = false;
   // Batch-invariant calls: registers for three outputs, the leaf's, the quad's and the block's; the
   // row tile's lies where low parts of P would make theirs.
   static constexpr bool kFolds = kRowTile <= 16;
