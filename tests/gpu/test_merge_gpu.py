@@ -104,10 +104,10 @@ def test_sms_taken_by_another_kernel(hog, blocks, heads, shape, seed):
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("exponent", [-90, 0, 90])
 def test_columns_of_any_size(exponent, heads, shape, seed):
-    """Parts are kept in fp16: columns 2^-12 to 2^12 times a common size have the same relative
-    error, and one that an infinite value makes NaN does not show in the others."""
+    """Parts are kept in fp16: columns 2^-8 to 2^8 times a common size have the same relative error,
+    and one that an infinite value makes NaN does not show in the others."""
     problem = make_problem(seed, *SHAPES[shape], heads)
-    exponents = torch.randint(-12, 13, (512,), generator=torch.Generator().manual_seed(seed))
+    exponents = torch.randint(-8, 9, (512,), generator=torch.Generator().manual_seed(seed))
     scale = torch.exp2(exponents + float(exponent)).cuda()
     column = 77  # of one token alone, whose weight it makes 0
     scale[column] = 1.0
