@@ -31,9 +31,8 @@ def log(text: str) -> None:
 PORTS_BEGIN = 12_000
 PORTS_OF_SCRIPT = 2_000
 SCRIPTS = 10
-# With --dp-size, a server counts a dozen of its own up from DP_PORTS_ABOVE its given one. Those of
+# With --dp-size, a server counts a dozen of its own up from 233 above its given one. Those of
 # servers side by side must not meet, nor a port that is given.
-DP_PORTS_ABOVE, DP_PORTS = 233, 12
 PORTS_APART = 25
 _held: list[socket.socket] = []
 
