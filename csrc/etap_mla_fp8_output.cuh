@@ -7,7 +7,7 @@
 #pragma once
 
 #include "etap_mla_math_thread.cuh"
-#include "etap_mla_partial.cuh"
+#include "etap_mla_output.cuh"
 
 namespace etap {
 
@@ -43,39 +43,21 @@ template <class Traits, typename OfBox, typename Scale>
 __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t slot,
                                                   MathThread const& thread, OfBox of_box,
                                                   Scale scale) {
-  constexpr bool kIsHalf = kHasHalfPartials<Traits>;
-  constexpr int32_t kBoxes = Traits::Boxes::kCkv, kPairs = Traits::kRowTile / 4;
   int32_t const lane = thread.fresh_lane();
-  HalfPartial<Traits::kRowTile> const partial(params, slot);
-  float factor = 1.f;
-  if constexpr (kIsHalf) {
-    float const unit = find_unit([&](auto const& consider) {
-#pragma unroll
-      for (int32_t box = 0; box < kBoxes; ++box) {
-#pragma unroll
-        for (int32_t i = 0; i < 2 * kPairs; ++i) consider(of_box(box)(i) * scale(box));
-      }
-    });
-    if (lane == 0) *partial.unit(4 * thread.warpgroup + thread.warp) = unit;
-    factor = inverse_of_unit(unit);
-  }
   int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
   int32_t const upper_half = lane / 16;
 #pragma unroll
-  for (int32_t box = 0; box < kBoxes; ++box) {
+  for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
 #pragma unroll
-    for (int32_t pair = 0; pair < kPairs; ++pair) {
-      int32_t const block = pair / 2, odd = pair % 2;
-      int32_t const index =
-          partial_index<Traits::kRowTile>(kIsHalf ? 0 : slot, 2 * box + thread.warpgroup, block,
-                                          thread.warp, scattered_lane) +
-          upper_half * 2 + odd * 16;
-      float const* const rows = &of_box(box)(pair * 2);
-      float const first = rows[0] * scale(box), second = rows[1] * scale(box);
-      if constexpr (kIsHalf) {
-        *partial.numbers(index) = pack<cutlass::half_t>(first * factor, second * factor);
-      } else {
-        *reinterpret_cast<float2*>(params.partial_out + index) = make_float2(first, second);
+    for (int32_t block = 0; block < Traits::kRowTile / 8; ++block) {
+      int32_t const index = partial_index<Traits::kRowTile>(slot, 2 * box + thread.warpgroup, block,
+                                                            thread.warp, scattered_lane) +
+                            upper_half * 2;
+#pragma unroll
+      for (int32_t odd = 0; odd < 2; ++odd) {
+        float const* const rows = &of_box(box)(block * 4 + odd * 2);
+        *reinterpret_cast<float2*>(params.partial_out + index + odd * 16) =
+            make_float2(rows[0] * scale(box), rows[1] * scale(box));
       }
     }
   }

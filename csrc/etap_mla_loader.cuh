@@ -351,34 +351,28 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   cutlass::arch::cp_async_wait<0>();
 }
 
-// Begins to copy a row tile's queries, whatever their strides, into the order of the boxes: pe
-// first. Rows that do not exist become zeros. This thread, of so many, has a row's eighth.
+// Begins to copy an eighth of a row tile's row, whatever the queries' strides, into the order of
+// the boxes: pe first. Rows that do not exist become zeros.
 template <class Traits>
-__device__ __forceinline__ void copy_queries(Params const& params,
-                                             typename Traits::SharedStorage& shared,
-                                             Segment const& segment, int32_t thread,
-                                             int32_t num_threads) {
+__device__ __forceinline__ void copy_query(Params const& params,
+                                           typename Traits::SharedStorage& shared,
+                                           Segment const& segment, int32_t row, int32_t chunk) {
   using DType = typename Traits::DType;
-  int32_t const chunk = thread % 8;
-#pragma unroll 1
-  for (int32_t row = thread / 8; row < Traits::kRowTile; row += num_threads / 8) {
-    bool const exists = row < segment.num_rows;
-    int32_t query, head;
-    params.divide_by_heads(query, head, segment.row_begin + (exists ? row : 0));
-    query += segment.request.query_begin;
-    int64_t const nope = query * params.q_nope_stride_token + head * params.q_nope_stride_head;
-    int64_t const pe = query * params.q_pe_stride_token + head * params.q_pe_stride_head;
-    auto* destination = &shared.query[swizzled_chunk(row, chunk)];
-    auto copy = [&](void const* base, int64_t offset) {
-      cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-          destination, static_cast<DType const*>(base) + offset + chunk * 8, exists);
-      destination += Traits::kRowTile * kBoxColumns;
-    };
-    copy(params.q_pe, pe);
+  bool const exists = row < segment.num_rows;
+  int32_t query, head;
+  params.divide_by_heads(query, head, segment.row_begin + (exists ? row : 0));
+  query += segment.request.query_begin;
+  int64_t const nope = query * params.q_nope_stride_token + head * params.q_nope_stride_head;
+  int64_t const pe = query * params.q_pe_stride_token + head * params.q_pe_stride_head;
+  auto* destination = &shared.query[swizzled_chunk(row, chunk)];
+  auto copy = [&](void const* base, int64_t offset) {
+    cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+        destination, static_cast<DType const*>(base) + offset + chunk * 8, exists);
+    destination += Traits::kRowTile * kBoxColumns;
+  };
+  copy(params.q_pe, pe);
 #pragma unroll
-    for (int32_t box = 0; box < kCkvBoxes; ++box) copy(params.q_nope, nope + box * kBoxColumns);
-  }
-  cutlass::arch::cp_async_fence();
+  for (int32_t box = 0; box < kCkvBoxes; ++box) copy(params.q_nope, nope + box * kBoxColumns);
 }
 
 // Those that this thread began are there, for WGMMA, too. Of others', the barrier says so behind
@@ -399,8 +393,12 @@ __device__ __forceinline__ void help_with_first_queries(Params const& params,
   if constexpr (Traits::kQueryHelpers > 0) {
     int32_t const helper = int32_t(threadIdx.x) - Traits::kFirstQueryHelper;
     if (uint32_t(helper) >= uint32_t(Traits::kQueryHelpers)) return;
-    copy_queries<Traits>(params, shared, shared.work.segment, kQueryLoadThreads + helper,
-                         kFirstQueryThreads<Traits>);
+    int32_t const thread = kQueryLoadThreads + helper;
+#pragma unroll 1
+    for (int32_t row = thread / 8; row < Traits::kRowTile; row += kFirstQueryThreads<Traits> / 8) {
+      copy_query<Traits>(params, shared, shared.work.segment, row, thread % 8);
+    }
+    cutlass::arch::cp_async_fence();
   }
 }
 
@@ -416,10 +414,12 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
   for (uint32_t number = 0;; ++number) {
     if (!has_segment) segment.tile_end = segment.tile_begin;  // the end
     Barrier::wait(&shared.query_empty, number & 1 ^ 1);
-    if (has_segment) {
-      copy_queries<Traits>(params, shared, segment, thread,
-                           number == 0 ? kFirstQueryThreads<Traits> : kQueryLoadThreads);
+    int32_t const threads = number == 0 ? kFirstQueryThreads<Traits> : kQueryLoadThreads;
+#pragma unroll 1
+    for (int32_t row = thread / 8; has_segment && row < Traits::kRowTile; row += threads / 8) {
+      copy_query<Traits>(params, shared, segment, row, thread % 8);
     }
+    cutlass::arch::cp_async_fence();
     if (thread == 0) {
       shared.segments[number & 1] = segment;
       if (has_segment) walk.describe_split(shared.merge.split_row_tiles);

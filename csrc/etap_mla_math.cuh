@@ -332,12 +332,7 @@ class MathWarpgroup : MathBase<Traits> {
     if (segment().is_whole()) {
       write_output(output);
     } else {
-      bool const is_folded = Traits::kFolds && is_batch_invariant(params_);
-      if (kHasHalfPartials<Traits> && !is_folded) {
-        this->write_half_partial(segment().slot, output);
-      } else {
-        write_partial(segment().slot, output);
-      }
+      write_partial(segment().slot, output);
       if (has_row()) write_row(segment().slot, {last_max(threadIdx.x), row_sum_of_thread()});
     }
   }

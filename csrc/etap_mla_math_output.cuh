@@ -8,7 +8,7 @@
 
 #include "etap_mla_math_segment.cuh"
 #include "etap_mla_math_thread.cuh"
-#include "etap_mla_partial.cuh"
+#include "etap_mla_output.cuh"
 #include "etap_mla_wgmma.cuh"
 
 namespace etap {
@@ -126,39 +126,13 @@ class MathOutput : protected MathSegment<Traits> {
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
 #pragma unroll
       for (int32_t block = 0; block < kRowBlocks; ++block) {
+        int32_t const index = partial_index<kRowTile>(slot, 2 * box + thread_.warpgroup, block,
+                                                      thread_.warp, thread_.lane);
         auto const value = [&](int32_t i) { return output(box, block, i); };
-        *reinterpret_cast<float4*>(params_.partial_out + index_of(slot, box, block)) =
+        *reinterpret_cast<float4*>(params_.partial_out + index) =
             make_float4(value(0), value(1), value(2), value(3));
       }
     }
-  }
-
-  template <class Output>
-  __device__ void write_half_partial(int32_t slot, Output const& output) {
-    HalfPartial<kRowTile> const partial(params_, slot);
-    float const unit = find_unit([&](auto const& consider) {
-#pragma unroll
-      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-#pragma unroll
-        for (int32_t i = 0; i < kElementsPerHalf; ++i) consider(output(box, i / 4, i % 4));
-      }
-    });
-    if (thread_.lane == 0) *partial.unit(4 * thread_.warpgroup + thread_.warp) = unit;
-    float const factor = inverse_of_unit(unit);
-#pragma unroll
-    for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-#pragma unroll
-      for (int32_t block = 0; block < kRowBlocks; ++block) {
-        auto const value = [&](int32_t i) { return output(box, block, i) * factor; };
-        *reinterpret_cast<uint2*>(partial.numbers(index_of(0, box, block))) = make_uint2(
-            pack<cutlass::half_t>(value(0), value(1)), pack<cutlass::half_t>(value(2), value(3)));
-      }
-    }
-  }
-
-  __device__ int32_t index_of(int32_t slot, int32_t box, int32_t block) const {
-    return partial_index<kRowTile>(slot, 2 * box + thread_.warpgroup, block, thread_.warp,
-                                   thread_.lane);
   }
 
   __device__ void write_row(int32_t slot, RowStatistics const& row) const {

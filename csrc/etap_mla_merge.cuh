@@ -152,7 +152,7 @@ class Merge : MergeOfUnits<Traits> {
   using Base::count_, Base::fragment, Base::kRowTile, Base::kUnitsPerBlock, Base::lane_,
       Base::kUnitsOfBox, Base::params_, Base::rank_, Base::warp_, Base::write_box, Base::write_unit;
   using typename Base::DType;
-  using Place = FragmentPlace<Traits>;
+  using Place = FragmentPlace<kRowTile>;
   static constexpr int kPartsInFlight = 8;
   static constexpr int kPartsInFlightOfBox = 4;
   static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
@@ -251,14 +251,14 @@ class Merge : MergeOfUnits<Traits> {
   // Of fp16, as it was loaded.
   template <int kUnits>
   struct HalfPart {
-    HalfFragments<Traits, kUnits> fragments;
+    HalfFragments<kUnits> fragments;
     float2 max, total;
 
     __device__ static HalfPart none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
   };
   template <int kUnits>
   using LoadedPart =
-      std::conditional_t<kHasHalfPartials<Traits>, HalfPart<kUnits>, JoinedParts<kUnits>>;
+      std::conditional_t<Traits::kHasHalfPartials, HalfPart<kUnits>, JoinedParts<kUnits>>;
 
   template <int kUnits>
   __device__ static JoinedParts<kUnits> const& joined_parts(JoinedParts<kUnits> const& part) {
@@ -276,7 +276,7 @@ class Merge : MergeOfUnits<Traits> {
 
   template <int kUnits>
   __device__ void load_part(LoadedPart<kUnits>& part, int32_t slot, Place const& place) const {
-    if constexpr (kHasHalfPartials<Traits>) {
+    if constexpr (Traits::kHasHalfPartials) {
       part.fragments.load(params_, slot, place);
     } else {
       float const* const source =

@@ -368,7 +368,7 @@ class WithOutput : protected Base_ {
       return partial_index<kRowTile>(slot, half * kBoxesPerWarpgroup + fragment / 4, warp * 2 + i,
                                      fragment % 4, fragment_lane);
     };
-    if constexpr (kHasHalfPartials<Traits>) {
+    if constexpr (Traits::kHasHalfPartials) {
       HalfPartial<kRowTile> const partial(params_, slot);
       float const unit = find_unit([&](auto const& consider) {
 #pragma unroll
@@ -386,7 +386,7 @@ class WithOutput : protected Base_ {
       for (int32_t i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
-          *reinterpret_cast<uint2*>(partial.numbers(index(0, i, fragment))) =
+          *partial.numbers(index(0, i, fragment)) =
               make_uint2(exchange(i, 2 * fragment), exchange(i, 2 * fragment + 1));
         }
       }

@@ -255,8 +255,8 @@ struct Params {
   // batch-invariant calls part p of row tile r has slot r * most_parts + p; in those that fold, CTA
   // c leaves its pieces in fold_slots slots from c * fold_slots on, of which the last
   // kFoldSlotsOfBeginning are for beginnings.
-  float* partial_out;                  // [slots, 512 * row_tile], as etap_mla_partial.cuh says
-  float2* partial_ml;                  // [slots, row_tile]: running maximum (base 2) and sum
+  float* partial_out;  // [slots, 512 * row_tile], in the order of accumulator fragments
+  float2* partial_ml;  // [slots, row_tile]: running maximum (base 2) and sum
   MergeDescriptor* merge_descriptors;  // [most_row_tiles]
 };
 
@@ -293,7 +293,7 @@ struct EtapMlaTraits {
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
   static constexpr bool kGuessesPages = true;
   static constexpr bool kPairsRowTiles = false;
-  static constexpr bool kHasRowsOnM = false;
+  static constexpr bool kHasHalfPartials = false;
   // Batch-invariant calls: registers for three outputs, the leaf's, the quad's and the block's; the
   // row tile's lies where low parts of P would make theirs.
   static constexpr bool kFolds = kRowTile <= 16;

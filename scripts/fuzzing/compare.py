@@ -28,10 +28,10 @@ Where the error comes from, to first order, for one row:
     in two parts, whatever the length: csrc/etap_mla_flashmla_scores.cuh says what is lost. For
     e4m3 codes with one scale the weights are e4m3 or fp16, and products may be cut off: codes.py.
 3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
-4.  What CTAs that share a row tile have of O. Next to results of bf16 it is stored in fp16, the
-    largest number of a warp between 2^14 and 2^15: rounded by 2^-11 of itself, and of small ones
-    half the smallest subnormal number may be lost, 2^-39 of the largest. Summed with the parts'
-    weights that is no more than the same share of sum p |V| and, as the sums of a row's weights are
+4.  What CTAs that share a row tile have of O. With more than 32 rows, a cache of bf16 and results
+    of bf16 it is stored in fp16, the largest number of a warp between 2^14 and 2^15: rounded by
+    2^-11 of itself, and of small ones half the smallest subnormal number may be lost, 2^-39 of the
+    largest. Summed with the parts' weights that is no more than the same share of sum p |V| and, as the sums of a row's weights are
     between 1 and its tokens, 2^-39 of as many of the request's largest value as it has tokens.
 5.  O, rounded once to the output's type: the only error of an exact computation.
 
@@ -224,7 +224,7 @@ def exact(
         has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None, None]
         unit = UNIT_ROUNDOFF[dtype]
         storing_bound = torch.where(has_two_parts, unit**2, unit) * (p @ v)
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and codes is None and not is_flashmla:
         largest = PARTIAL_SMALLEST * group.kv_lens[:, None, None] * v.amax((1, 2), keepdim=True)
         partial = PARTIAL_ROUNDOFF * (p @ v) + largest
         storing_bound += torch.where((group.kv_lens > TOKEN_TILE)[:, None, None], partial, 0.0)
