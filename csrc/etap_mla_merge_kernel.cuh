@@ -64,7 +64,7 @@ class DescriptorSearch {
     return found;
   }
 
-  static constexpr int kDescriptors = 128;
+  static constexpr int kDescriptors = 96;
 
  private:
   static constexpr int kPerLane = kDescriptors / 32;

@@ -31,8 +31,9 @@ Where the error comes from, to first order, for one row:
 4.  What CTAs that share a row tile have of O. With more than 32 rows, a cache of bf16 and results
     of bf16 it is stored in fp16, the largest number of a warp between 2^14 and 2^15: rounded by
     2^-11 of itself, and of small ones half the smallest subnormal number may be lost, 2^-39 of the
-    largest. Summed with the parts' weights that is no more than the same share of sum p |V| and, as the sums of a row's weights are
-    between 1 and its tokens, 2^-39 of as many of the request's largest value as it has tokens.
+    largest. Summed with the parts' weights that is no more than the same share of sum p |V| and, as
+    the sums of a row's weights are between 1 and its tokens, 2^-39 of as many of the request's
+    largest value as it has tokens.
 5.  O, rounded once to the output's type: the only error of an exact computation.
 
 Two criteria bound the output. By element, with certainty: 1 to 4 at their worst, put through the
