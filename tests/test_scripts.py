@@ -513,6 +513,9 @@ def test_a_sanitizer_case_says_which_variant_it_launched(monkeypatch):
         used: set = set()
         sanitize_cases.run_case(72, 64, "bf16", "same", False, 1, wrapper, used)
         assert used == {(torch.bfloat16, row_tile, "tma", "same")}
+    used = set()
+    sanitize_cases.run_case(16, 64, "bf16", "flashmla_656", False, 1, wrapper, used)
+    assert used == {(torch.bfloat16, 32, "tma", "flashmla_656")}
 
 
 @pytest.mark.parametrize("arguments", validate_gpu.SANITIZER_TOOLS.values(), ids=" ".join)
