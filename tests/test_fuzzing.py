@@ -254,30 +254,71 @@ def test_small_errors_are_caught() -> None:
     assert judge(given).rmse > 1
 
 
+def scores_and_values(
+    given: tensors.Tensors, group: tensors.Group
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[requests, rows, tokens]``, -inf beyond a request, and ``[requests, tokens, 512]``."""
+    k = given.pool[group.slots].double().nan_to_num(0.0, 0.0, 0.0)
+    q = given.queries[group.rows].double().flatten(1, 2)
+    scores = (q @ k.mT) * given.case.sm_scale
+    scores.masked_fill_(torch.arange(k.shape[1]) >= group.kv_lens[:, None, None], -math.inf)
+    return scores, k[..., :512]
+
+
+def weights_of(scores: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return (scores - top.clamp(min=-1e30)).exp()
+
+
+def put_out(given: tensors.Tensors, group: tensors.Group, out: torch.Tensor) -> None:
+    out = out.to(given.out.dtype).view(-1, *given.out.shape[1:])
+    given.out[group.rows.flatten()] = out
+
+
 def test_weights_rounded_once_are_beyond_the_bound_of_two_parts() -> None:
     """Rounding P to bf16 costs 1.1 to 1.5 times rounding alone: right only for long requests."""
     given = run_plain(causal=False, q_lens=(1, 1, 1), kv_lens=(2000, 3000, 0))
     scale = given.case.sm_scale
     for group in given.groups:
         answer = compare.exact(given.queries, given.pool, group, False, scale, ALL_IN_TWO_PARTS)
-        k = given.pool[group.slots].double().nan_to_num(0.0, 0.0, 0.0)
-        q = given.queries[group.rows].double().flatten(1, 2)
-        scores = (q @ k.mT) * scale
-        scores.masked_fill_(torch.arange(k.shape[1]) >= group.kv_lens[:, None, None], -math.inf)
-        top = scores.amax(-1, keepdim=True).clamp(min=-1e30)
-        weights = (scores - top).exp()
-        rounded = weights.bfloat16().double() @ k[..., :512]
+        scores, values = scores_and_values(given, group)
+        weights = weights_of(scores, scores.amax(-1, keepdim=True))
+        rounded = weights.bfloat16().double() @ values
         total = weights.sum(-1, keepdim=True).clamp(min=1e-300)
-        given.out[group.rows.flatten()] = (
-            (rounded / total).to(given.out.dtype).view(-1, *given.out.shape[1:])
-        )
-        assert torch.allclose((weights @ k[..., :512]) / total, answer.out)
+        put_out(given, group, rounded / total)
+        assert torch.allclose((weights @ values) / total, answer.out)
     found = judge(given)
     assert 1.1 < found.rmse_over_rounding < 1.5
     assert found.rmse > 1
     allowed = judge(given, two_parts_up_to=1000)
     assert not allowed.is_mismatch()
     assert allowed.rmse == pytest.approx(found.rmse_over_rounding / 1.5, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "is_right"), [(torch.float16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize("exponent", [-40, 0, 40])
+def test_parts_may_be_fp16_times_a_power_of_two(
+    exponent: int, dtype: torch.dtype, is_right: bool
+) -> None:
+    """What csrc/etap_mla_partial.cuh does with O of a part; bf16 would be too short for it."""
+    given = run_plain(
+        causal=False, q_lens=(1, 1, 1), kv_lens=(2000, 1000, 0), ckv_exponent=exponent
+    )
+    for group in given.groups:
+        scores, values = scores_and_values(given, group)
+        top = scores.amax(-1, keepdim=True)
+        out, total = 0.0, weights_of(scores, top).sum(-1, keepdim=True)
+        for part in range(0, scores.shape[-1], 448):
+            tokens = slice(part, part + 448)
+            part_top = scores[..., tokens].amax(-1, keepdim=True)
+            of_part = weights_of(scores[..., tokens], part_top) @ values[:, tokens]
+            largest = of_part.abs().amax().clamp(min=1e-300)
+            unit = torch.exp2(largest.log2().floor() - 14)
+            out = out + weights_of(part_top, top) * ((of_part / unit).to(dtype).double() * unit)
+        put_out(given, group, out / total.clamp(min=1e-300))
+    found = judge(given)
+    assert found.is_mismatch() != is_right
+    if is_right:
+        assert 1.0 < found.rmse_over_rounding < 1.02
 
 
 def test_two_parts_follow_the_row_tile() -> None:
