@@ -51,6 +51,7 @@ import math
 
 import torch
 
+from .cases import TOKEN_TILE
 from .codes import Codes
 from .tensors import HEAD_DIM_CKV, Group, Tensors
 
@@ -73,7 +74,6 @@ EXP_ROUNDOFF = 2.0**-21
 SUM_ROUNDOFF = 2.0**-24
 PARTIAL_ROUNDOFF = 2.0**-11  # of O of a part, of requests of more than one token tile
 PARTIAL_SMALLEST = 2.0**-39
-TOKEN_TILE = 64
 FIXED_SUM_STEPS = 64  # over warps, parts of a split row tile and the normalisation
 LSE_ROUNDOFF = 2.0**-22
 
@@ -222,13 +222,13 @@ def exact(
         lost = FLASHMLA_SMALLEST * largest.repeat_interleave(SCALE_COLUMNS, -1)[:, None]
         storing_bound = FLASHMLA_ROUNDOFF[dtype] * (p @ v) + visible.clamp(min=0) * lost
     else:
-        has_two_parts = (group.kv_lens <= two_parts_up_to)[:, None, None]
+        lengths, weighed = group.kv_lens[:, None, None], p @ v
         unit = UNIT_ROUNDOFF[dtype]
-        storing_bound = torch.where(has_two_parts, unit**2, unit) * (p @ v)
-    if dtype == torch.bfloat16 and codes is None and not is_flashmla:
-        largest = PARTIAL_SMALLEST * group.kv_lens[:, None, None] * v.amax((1, 2), keepdim=True)
-        partial = PARTIAL_ROUNDOFF * (p @ v) + largest
-        storing_bound += torch.where((group.kv_lens > TOKEN_TILE)[:, None, None], partial, 0.0)
+        storing_bound = torch.where(lengths <= two_parts_up_to, unit**2, unit) * weighed
+        if dtype == torch.bfloat16:
+            lost = PARTIAL_SMALLEST * lengths * v.amax((1, 2), keepdim=True)
+            partial_bound = PARTIAL_ROUNDOFF * weighed + lost
+            storing_bound += torch.where(lengths > TOKEN_TILE, partial_bound, 0.0)
     log_total = torch.where(total > 0, divisor.log() + top, -math.inf).squeeze(-1)
     lse_bound = uncertainty / (1 - uncertainty).clamp(min=0.05) + steps * SUM_ROUNDOFF
     return Exact(
