@@ -6,8 +6,10 @@
  */
 #pragma once
 
+#include <cfloat>
+
 #include "etap_mla_math_thread.cuh"
-#include "etap_mla_output.cuh"
+#include "etap_mla_partial.cuh"
 
 namespace etap {
 
@@ -45,21 +47,55 @@ __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t 
                                                   Scale scale) {
   int32_t const lane = thread.fresh_lane();
   int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
-  int32_t const upper_half = lane / 16;
+  int32_t const first_place =
+      partial_index<Traits::kRowTile>(0, thread.warpgroup, 0, thread.warp, scattered_lane) +
+      lane / 16 * 2;
+  // f(distance from first_place, box, the number there, the next)
+  auto const for_each_pair = [&](auto const& f) {
 #pragma unroll
-  for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
+    for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
 #pragma unroll
-    for (int32_t block = 0; block < Traits::kRowTile / 8; ++block) {
-      int32_t const index = partial_index<Traits::kRowTile>(slot, 2 * box + thread.warpgroup, block,
-                                                            thread.warp, scattered_lane) +
-                            upper_half * 2;
-#pragma unroll
-      for (int32_t odd = 0; odd < 2; ++odd) {
-        float const* const rows = &of_box(box)(block * 4 + odd * 2);
-        *reinterpret_cast<float2*>(params.partial_out + index + odd * 16) =
-            make_float2(rows[0] * scale(box), rows[1] * scale(box));
+      for (int32_t pair = 0; pair < Traits::kRowTile / 4; ++pair) {
+        int32_t const distance =
+            partial_index<Traits::kRowTile>(0, 2 * box, pair / 2, 0, 0) + pair % 2 * 16;
+        float const* const rows = &of_box(box)(pair * 2);
+        f(distance, box, rows[0], rows[1]);
       }
     }
+  };
+  if constexpr (Traits::kHasHalfPartials) {
+    HalfPartial<Traits::kRowTile> const partial(params, slot);
+    auto* const begin = reinterpret_cast<uint32_t*>(partial.numbers(0)) + first_place / 2;
+    auto const store = [&](auto const& in_unit) {
+      __half2 largest = {};
+      for_each_pair([&](int32_t distance, int32_t box, float first, float second) {
+        float const factor = in_unit(scale(box));
+        uint32_t const numbers = pack<cutlass::half_t>(first * factor, second * factor);
+        largest = larger_magnitudes(largest, numbers);
+        begin[distance / 2] = numbers;
+      });
+      return largest;
+    };
+    float const unit = store_in_unit(store, [&](auto const& consider) {
+#pragma unroll
+      for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
+        float largest = 0.f;
+#pragma unroll
+        for (int32_t i = 0; i < Traits::kRowTile / 2; ++i) {
+          float const magnitude = fabsf(of_box(box)(i));
+          if (magnitude < INFINITY) largest = fmaxf(largest, magnitude);
+        }
+        consider(fminf(largest * scale(box), FLT_MAX));
+      }
+    });
+    if (lane == 0) *partial.unit(4 * thread.warpgroup + thread.warp) = unit;
+  } else {
+    float* const begin =
+        params.partial_out + partial_index<Traits::kRowTile>(slot, 0, 0, 0, 0) + first_place;
+    for_each_pair([&](int32_t distance, int32_t box, float first, float second) {
+      *reinterpret_cast<float2*>(begin + distance) =
+          make_float2(first * scale(box), second * scale(box));
+    });
   }
 }
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ void copy_chunk(void* target, void const* source, boo
                : "r"(address), "l"(source), "r"(bytes), "l"(kCacheHint));
 }
 
-// A place in the ring of boxes and the parity of the lap it belongs to.
+// A place in the ring of boxes, or of barriers, and the parity of the lap it belongs to.
 template <int kRingBoxes>
 struct RingPosition {
   int32_t index = 0;
@@ -284,6 +284,7 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
 
   SegmentWalk<Traits> walk(params, work);
   RingPosition<Traits::kRingBoxes> ring;
+  uint32_t tile_barrier = 0;    // if tiles come whole
   uint32_t stage_parities = 0;  // in a seesaw, where a segment's tiles have the stages in turns
   Segment const& segment = walk.segment;
   do {
@@ -339,10 +340,15 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
         ckv_place = (ckv_place ^ 4 * Boxes::kChunk) + kTokensAtOnce * Boxes::kColumns;
         half_place = (half_place ^ 2 * 16) + kTokensAtOnce * 64;
       }
+      if constexpr (Traits::kTilesComeWhole) {
+        cutlass::arch::cpasync_barrier_arrive_noinc(&shared.box_full[tile_barrier]);
+        tile_barrier = tile_barrier + 1 == Traits::kTileBarriers ? 0 : tile_barrier + 1;
+      } else {
 #pragma unroll
-      for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
-        if (!Traits::has_barrier(box)) continue;
-        cutlass::arch::cpasync_barrier_arrive_noinc(&shared.box_full[ring.after(box).index]);
+        for (int32_t box = 0; box < Boxes::kPerTile; ++box) {
+          if (!Traits::has_barrier(box)) continue;
+          cutlass::arch::cpasync_barrier_arrive_noinc(&shared.box_full[ring.after(box).index]);
+        }
       }
       ring = ring.after(Boxes::kPerTile);
     }

@@ -35,6 +35,7 @@ class MathWarpgroup : MathBase<Traits> {
       Base::write_output, Base::write_partial, Base::write_row;
   using typename Base::DType, typename Base::SharedStorage;
   using RingPosition = RingPosition<Traits::kRingBoxes>;
+  using TileBarrier = etap::RingPosition<Traits::kTileBarriers>;
   static constexpr int kStoreBlocks = kRowBlocks == 1 ? 1 : 2;  // row blocks that stmatrix stores
 
  public:
@@ -55,6 +56,7 @@ class MathWarpgroup : MathBase<Traits> {
         accumulate_output();
         is_first_tile_ = false;
         ring_ = ring_.after(kBoxesPerTile);
+        if constexpr (Traits::kTilesComeWhole) tile_barrier_ = tile_barrier_.after(1);
         ++tile_number_;
         if constexpr (Traits::kFolds) {
           // Unlikely: where most calls do not go, instructions are out of the way.
@@ -76,8 +78,17 @@ class MathWarpgroup : MathBase<Traits> {
   }
 
   __device__ void wait_for_box(RingPosition const& slot) const {
-    Barrier::wait(&shared_.box_full[slot.index], slot.parity);
-    if constexpr (Traits::kKvLoader == KvLoader::kGather) cutlass::arch::fence_view_async_shared();
+    if constexpr (!Traits::kTilesComeWhole) {
+      Barrier::wait(&shared_.box_full[slot.index], slot.parity);
+    }
+  }
+
+  // Before any of its boxes are read.
+  __device__ void wait_for_tile() const {
+    if constexpr (Traits::kTilesComeWhole) {
+      Barrier::wait(&shared_.box_full[tile_barrier_.index], tile_barrier_.parity);
+      cutlass::arch::fence_view_async_shared();
+    }
   }
 
   // Waits for the next segment and its queries; false if there is none.
@@ -105,6 +116,7 @@ class MathWarpgroup : MathBase<Traits> {
     Tensor q_operand = thread_mma.partition_fragment_B(q);
     mma.accumulate_ = GMMA::ScaleOut::Zero;
 
+    wait_for_tile();
     warpgroup_fence_operand(scores_);
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerTile; ++box) {
@@ -272,6 +284,7 @@ class MathWarpgroup : MathBase<Traits> {
 
   template <int kColumns>
   __device__ void accumulate_output_with() {
+    if (!owns_tile()) wait_for_tile();
 #pragma unroll
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) warpgroup_fence_operand(output_[box]);
     issue_boxes<kColumns>();
@@ -332,13 +345,19 @@ class MathWarpgroup : MathBase<Traits> {
     if (segment().is_whole()) {
       write_output(output);
     } else {
-      write_partial(segment().slot, output);
+      // Of batch-invariant calls that fold, all parts are in float32.
+      if (!Traits::kHasHalfPartials || folds<Traits>(params_)) {
+        write_partial(segment().slot, output);
+      } else {
+        this->write_half_partial(segment().slot, output);
+      }
       if (has_row()) write_row(segment().slot, {last_max(threadIdx.x), row_sum_of_thread()});
     }
   }
 
-  RingPosition ring_;        // box 0 of the tile
-  int32_t tile_, tile_end_;  // of the segment
+  RingPosition ring_;         // box 0 of the tile
+  TileBarrier tile_barrier_;  // if tiles come whole
+  int32_t tile_, tile_end_;   // of the segment
   Multiply multiply_;
   decltype(partition_fragment_C(typename Traits::MmaQk{},
                                 Shape<Int<kTokenTile>, Int<kRowTile>>{})) scores_;

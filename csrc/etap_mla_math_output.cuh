@@ -9,6 +9,7 @@
 #include "etap_mla_math_segment.cuh"
 #include "etap_mla_math_thread.cuh"
 #include "etap_mla_output.cuh"
+#include "etap_mla_partial.cuh"
 #include "etap_mla_wgmma.cuh"
 
 namespace etap {
@@ -126,13 +127,44 @@ class MathOutput : protected MathSegment<Traits> {
     for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
 #pragma unroll
       for (int32_t block = 0; block < kRowBlocks; ++block) {
-        int32_t const index = partial_index<kRowTile>(slot, 2 * box + thread_.warpgroup, block,
-                                                      thread_.warp, thread_.lane);
         auto const value = [&](int32_t i) { return output(box, block, i); };
-        *reinterpret_cast<float4*>(params_.partial_out + index) =
+        *reinterpret_cast<float4*>(params_.partial_out + place_in_partial(slot, box, block)) =
             make_float4(value(0), value(1), value(2), value(3));
       }
     }
+  }
+
+  template <class Output>
+  __device__ void write_half_partial(int32_t slot, Output const& output) {
+    HalfPartial<kRowTile> const partial(params_, slot);
+    auto const store = [&](auto const& scale) {
+      __half2 largest = {};
+#pragma unroll
+      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
+#pragma unroll
+        for (int32_t block = 0; block < kRowBlocks; ++block) {
+          auto const value = [&](int32_t i) { return scale(output(box, block, i)); };
+          uint2 const numbers = make_uint2(pack<cutlass::half_t>(value(0), value(1)),
+                                           pack<cutlass::half_t>(value(2), value(3)));
+          largest = larger_magnitudes(larger_magnitudes(largest, numbers.x), numbers.y);
+          *partial.numbers(place_in_partial(0, box, block)) = numbers;
+        }
+      }
+      return largest;
+    };
+    float const unit = store_in_unit(store, [&](auto const& consider) {
+#pragma unroll
+      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
+#pragma unroll
+        for (int32_t i = 0; i < kElementsPerHalf; ++i) consider(output(box, i / 4, i % 4));
+      }
+    });
+    if (thread_.lane == 0) *partial.unit(4 * thread_.warpgroup + thread_.warp) = unit;
+  }
+
+  __device__ int32_t place_in_partial(int32_t slot, int32_t box, int32_t block) const {
+    return partial_index<kRowTile>(slot, 2 * box + thread_.warpgroup, block, thread_.warp,
+                                   thread_.lane);
   }
 
   __device__ void write_row(int32_t slot, RowStatistics const& row) const {

@@ -152,7 +152,7 @@ class Merge : MergeOfUnits<Traits> {
   using Base::count_, Base::fragment, Base::kRowTile, Base::kUnitsPerBlock, Base::lane_,
       Base::kUnitsOfBox, Base::params_, Base::rank_, Base::warp_, Base::write_box, Base::write_unit;
   using typename Base::DType;
-  using Place = FragmentPlace<kRowTile>;
+  using Place = FragmentPlace<Traits>;
   static constexpr int kPartsInFlight = 8;
   static constexpr int kPartsInFlightOfBox = 4;
   static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
@@ -251,7 +251,7 @@ class Merge : MergeOfUnits<Traits> {
   // Of fp16, as it was loaded.
   template <int kUnits>
   struct HalfPart {
-    HalfFragments<kUnits> fragments;
+    HalfFragments<Traits, kUnits> fragments;
     float2 max, total;
 
     __device__ static HalfPart none() { return {{}, {-INFINITY, -INFINITY}, {}}; }

@@ -4,13 +4,16 @@
  * What a CTA leaves in the workspace of a row tile that it shares with others: O^T of its part, in
  * accumulator fragments (16 columns of d_v x 8 rows), four numbers a lane.
  *
- * These are float32 or, of kernels with rows on WGMMA's M and a result of bf16, fp16: writing and
- * reading them takes longer than what is computed from them, and their error is an eighth of that
- * of rounding the result. A power of two for each warp that wrote some, its unit, brings the
- * largest of them near fp16's largest number, so that none overflows and small ones keep their
- * bits. With 8 to 32 rows, finding units takes as long as it saves (scripts/TUNING.md).
+ * Next to a result of bf16 they are fp16 numbers, times a power of two of each warp that wrote
+ * some, its unit: writing and reading them takes longer than what is computed from them, and their
+ * error is an eighth of that of rounding the result. A warp stores its numbers as they are before
+ * it knows whether that is good enough, as it nearly always is; if not, it stores them again, in a
+ * unit of their own. Next to a result of fp16 or with an fp8 cache, and where parts are folded,
+ * they are float32.
  */
 #pragma once
+
+#include <cuda_fp16.h>
 
 #include "etap_mla_output.cuh"
 
@@ -44,57 +47,89 @@ __device__ __forceinline__ float inverse_of_unit(float unit) {
   return __uint_as_float((254u << 23) - __float_as_uint(unit));
 }
 
-// This warp's unit: for_each(f) calls f(value) for all that a thread has. The largest magnitude is
-// at least 2^14 units and less than 2^15, unless it is next to nothing. Infinities and NaN do not
-// count, and stay what they are.
+// The larger magnitude of each half of two words of fp16; NaN do not count.
+__device__ __forceinline__ __half2 larger_magnitudes(__half2 largest, uint32_t numbers) {
+  return __hmax2(largest, __habs2(reinterpret_cast<__half2 const&>(numbers)));
+}
+
+// Whether 1 can be the unit of a warp with such numbers. fp16 has numbers below 2^16; what is lost
+// of small ones is no more than 2^-25, which is little beside a largest one of 2^-8 or more.
+__device__ __forceinline__ bool suit_usual_unit(__half2 largest) {
+  constexpr uint32_t kInfinity = 0x7c00, kLeast = (15 - 8) << 10;  // 2^-8
+  uint32_t const bits = reinterpret_cast<uint32_t const&>(largest);
+  uint32_t const of_warp = __reduce_max_sync(0xffffffff, max(bits & 0xffff, bits >> 16));
+  return of_warp - kLeast < kInfinity - kLeast;
+}
+
+// In this unit, the largest magnitude of a warp is at least 2^14 and less than 2^15, unless it is
+// next to nothing. Infinities and NaN do not count, and stay what they are. for_each(f) calls
+// f(value) for all that a thread has.
 template <class ForEach>
 __device__ __forceinline__ float find_unit(ForEach const& for_each) {
   float largest = 0.f;
-  for_each([&](float value) { largest = fmaxf(largest, fabsf(value)); });
-  uint32_t bits = __reduce_max_sync(0xffffffff, __float_as_uint(largest));
-  if (__builtin_expect(bits == __float_as_uint(INFINITY), 0)) {
-    largest = 0.f;
-    for_each([&](float value) {
-      if (fabsf(value) < INFINITY) largest = fmaxf(largest, fabsf(value));
-    });
-    bits = __reduce_max_sync(0xffffffff, __float_as_uint(largest));
-  }
+  for_each([&](float value) {
+    if (fabsf(value) < INFINITY) largest = fmaxf(largest, fabsf(value));
+  });
+  uint32_t const bits = __reduce_max_sync(0xffffffff, __float_as_uint(largest));
   return __uint_as_float((max(bits >> 23, 15u) - 14) << 23);
 }
 
-// Where a lane finds a fragment in every slot and, if rows are on M, the warp that wrote it.
-template <int kRowTile>
+// Stores what a warp has and returns its unit: store(scale) stores all that a thread has, each
+// number as scale(number), and returns the largest magnitudes that it stored.
+template <class Store, class ForEach>
+__device__ __forceinline__ float store_in_unit(Store const& store, ForEach const& for_each) {
+  __half2 const largest = store([](float value) { return value; });
+  if (__builtin_expect(suit_usual_unit(largest), 1)) return 1.f;
+  float const unit = find_unit(for_each);
+  float const factor = inverse_of_unit(unit);
+  store([factor](float value) { return value * factor; });
+  return unit;
+}
+
+// Where a lane finds a fragment in every slot, and its unit.
+template <class Traits>
 struct FragmentPlace {
   int32_t index;
   int32_t math_warp;
   int32_t row;  // the first of its two
 
   __device__ FragmentPlace(int32_t box, int32_t row_block, int32_t warp, int32_t lane)
-      : index(partial_index<kRowTile>(0, box, row_block, warp, lane)),
-        math_warp(box / kBoxesPerWarpgroup * 4 + row_block / 2),
+      : index(partial_index<Traits::kRowTile>(0, box, row_block, warp, lane)),
+        math_warp(Traits::kHasRowsOnM ? box / kBoxesPerWarpgroup * 4 + row_block / 2
+                                      : box % kMathWarpgroups * 4 + warp),
         row(row_block * 8 + 2 * (lane % 4)) {}
 };
 
 // Neighbouring fragments of fp16 as they lie in memory, so that no load waits for what is made of
 // another.
-template <int kFragments>
+template <class Traits, int kFragments>
 struct HalfFragments {
-  uint2 numbers[kFragments];
-  float unit;
+  // Neighbours are of one warp or of four.
+  static constexpr int kUnits = Traits::kHasRowsOnM ? 1 : kFragments;
+  using Units = cutlass::AlignedArray<float, kUnits>;
 
-  template <int kRowTile>
+  uint2 numbers[kFragments];
+  Units units;
+
   __device__ __forceinline__ void load(Params const& params, int32_t slot,
-                                       FragmentPlace<kRowTile> const& first) {
-    HalfPartial<kRowTile> const partial(params, slot);
+                                       FragmentPlace<Traits> const& first) {
+    HalfPartial<Traits::kRowTile> const partial(params, slot);
 #pragma unroll
     for (int32_t i = 0; i < kFragments; ++i) {
       numbers[i] = __ldcg(partial.numbers(first.index + i * 32 * 4));
     }
-    unit = __ldcg(partial.unit(first.math_warp));
+    if constexpr (kUnits == 1) {
+      units[0] = __ldcg(partial.unit(first.math_warp));
+    } else {
+      static_assert(kUnits == 4, "a box of four");
+      reinterpret_cast<float4&>(units) =
+          __ldcg(reinterpret_cast<float4 const*>(partial.unit(first.math_warp)));
+    }
   }
 
   // Columns lane / 4 and lane / 4 + 8: (d, row), (d, row + 1), (d + 8, row), (d + 8, row + 1).
   __device__ __forceinline__ float4 fragment(int32_t i) const {
+    float const unit = units[kUnits == 1 ? 0 : i];
     float2 const first = unpack<cutlass::half_t>(numbers[i].x);
     float2 const second = unpack<cutlass::half_t>(numbers[i].y);
     return {first.x * unit, first.y * unit, second.x * unit, second.y * unit};

@@ -370,26 +370,30 @@ class WithOutput : protected Base_ {
     };
     if constexpr (Traits::kHasHalfPartials) {
       HalfPartial<kRowTile> const partial(params_, slot);
-      float const unit = find_unit([&](auto const& consider) {
+      auto const store = [&](auto const& scale) {
+        __half2 largest = {};
+        auto const exchange = [&](int32_t i, int32_t block) {
+          uint32_t const own =
+              pack<cutlass::half_t>(scale(output(i, block, 0)), scale(output(i, block, 1)));
+          largest = larger_magnitudes(largest, own);
+          uint32_t const received = __shfl_xor_sync(0xffffffff, own, 4);
+          return __byte_perm(own, received, is_odd ? 0x3276 : 0x5410);
+        };
+#pragma unroll
+        for (int32_t i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
+            *partial.numbers(index(0, i, fragment)) =
+                make_uint2(exchange(i, 2 * fragment), exchange(i, 2 * fragment + 1));
+          }
+        }
+        return largest;
+      };
+      float const unit = store_in_unit(store, [&](auto const& consider) {
 #pragma unroll
         for (int32_t j = 0; j < size(output_); ++j) consider(output_(j));
       });
       if (lane == 0) *partial.unit(half * 4 + warp) = unit;
-      float const factor = inverse_of_unit(unit);
-      auto const exchange = [&](int32_t i, int32_t block) {
-        uint32_t const own =
-            pack<cutlass::half_t>(output(i, block, 0) * factor, output(i, block, 1) * factor);
-        uint32_t const received = __shfl_xor_sync(0xffffffff, own, 4);
-        return __byte_perm(own, received, is_odd ? 0x3276 : 0x5410);
-      };
-#pragma unroll
-      for (int32_t i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
-          *partial.numbers(index(0, i, fragment)) =
-              make_uint2(exchange(i, 2 * fragment), exchange(i, 2 * fragment + 1));
-        }
-      }
     } else {
       auto const exchange = [&](int32_t i, int32_t block) {
         float const first = output(i, block, 0), second = output(i, block, 1);

@@ -25,8 +25,9 @@ struct RowsTraits {
   static constexpr bool kGuessesPages = false;  // no faster: the first tile waits for Q anyway
   static constexpr bool kPairsRowTiles = true;
   static constexpr bool kFolds = false;  // accumulators leave no registers for it
-  // Of bf16 results (etap_mla_partial.cuh); of fp16 ones, fp16 numbers would double the error.
-  static constexpr bool kHasHalfPartials = std::is_same_v<DType, cutlass::bfloat16_t>;
+  static constexpr bool kTilesComeWhole = false;
+  static constexpr bool kHasRowsOnM = true;
+  static constexpr bool kHasHalfPartials = has_half_partials<DType>();
 
   // P in a high and a low part of DType adds nothing to the error of the result, but takes P V
   // twice. Rounding P shows less the more tokens share the weight: longer requests have the high

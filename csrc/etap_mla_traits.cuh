@@ -278,6 +278,13 @@ __device__ __forceinline__ int32_t log_row_tiles_together(Params const& params) 
   return Traits::kPairsRowTiles ? params.log_row_tiles_together : 0;
 }
 
+// Whether parts of O are stored in fp16 (etap_mla_partial.cuh). Of a result in fp16 that would
+// double the error.
+template <typename DType>
+constexpr bool has_half_partials() {
+  return std::is_same_v<DType, cutlass::bfloat16_t>;
+}
+
 template <typename DType_, int kRowTile_, KvLoader kKvLoader_>
 struct EtapMlaTraits {
   using DType = DType_;
@@ -293,7 +300,8 @@ struct EtapMlaTraits {
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
   static constexpr bool kGuessesPages = true;
   static constexpr bool kPairsRowTiles = false;
-  static constexpr bool kHasHalfPartials = false;
+  static constexpr bool kHasRowsOnM = false;
+  static constexpr bool kHasHalfPartials = has_half_partials<DType>();
   // Batch-invariant calls: registers for three outputs, the leaf's, the quad's and the block's; the
   // row tile's lies where low parts of P would make theirs.
   static constexpr bool kFolds = kRowTile <= 16;
@@ -344,6 +352,11 @@ struct EtapMlaTraits {
   static constexpr bool kIsSeesaw = false;
   static constexpr int kBoxesPerPair = 0;  // boxes come and go one by one
   __device__ static constexpr bool has_barrier(int32_t /*box*/) { return true; }
+  // But a gathered tile comes as a whole: tiles have the barriers of the first boxes in turns. The
+  // ring never has room for a tile before all have read the one whose turn it was last.
+  static constexpr bool kTilesComeWhole = kKvLoader == KvLoader::kGather;
+  static constexpr int kTileBarriers = 3;
+  static_assert(kRingBoxes <= kTileBarriers * kBoxesPerTile);
 
   using KAtom = GMMA::Layout_K_SW128_Atom<DType>;
   using LayoutK =
