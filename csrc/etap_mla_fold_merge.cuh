@@ -178,8 +178,8 @@ class FoldMerge : MergeOfUnits<Traits> {
     using namespace cutlass::arch;
     int32_t const row_block = unit / Base::kUnitsPerBlock;
     float const* const source =
-        params_.partial_out +
-        partial_index<kRowTile>(slot, unit / 4 % kCkvBoxes, row_block, unit % 4, lane_);
+        Partial<kRowTile>(params_, slot)
+            .floats(place_in_partial<kRowTile>(unit / 4 % kCkvBoxes, row_block, unit % 4, lane_));
 #pragma unroll
     for (int32_t j = 0; j < kUnitsTogether; ++j) {
       cp_async<16, CacheOperation::Global>(&piece.sum[j][lane_], source + j * 32 * 4);

@@ -117,10 +117,7 @@ class Fp8MathWarpgroup : MathSegment<Traits> {
       shared_.reference[reference_slot_ ^ 1][threadIdx.x] = -INFINITY;
     }
     if constexpr (kHasTokenScales) scores_.scales().begin_segment();
-    if (this->helped_with_queries()) {
-      await_queries();
-      sync_math();
-    }
+    this->await_own_queries(sync_math);
     convert_queries_to_fp16<Traits>(params_, shared_);
 #pragma unroll
     for (int32_t i = 0; i < kRows; ++i) row_sum_[i] = 0.f;

@@ -47,8 +47,9 @@ __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t 
                                                   Scale scale) {
   int32_t const lane = thread.fresh_lane();
   int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
+  Partial<Traits::kRowTile> const partial(params, slot);
   int32_t const first_place =
-      partial_index<Traits::kRowTile>(0, thread.warpgroup, 0, thread.warp, scattered_lane) +
+      place_in_partial<Traits::kRowTile>(thread.warpgroup, 0, thread.warp, scattered_lane) +
       lane / 16 * 2;
   // f(distance from first_place, box, the number there, the next)
   auto const for_each_pair = [&](auto const& f) {
@@ -57,15 +58,14 @@ __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t 
 #pragma unroll
       for (int32_t pair = 0; pair < Traits::kRowTile / 4; ++pair) {
         int32_t const distance =
-            partial_index<Traits::kRowTile>(0, 2 * box, pair / 2, 0, 0) + pair % 2 * 16;
+            place_in_partial<Traits::kRowTile>(2 * box, pair / 2, 0, 0) + pair % 2 * 16;
         float const* const rows = &of_box(box)(pair * 2);
         f(distance, box, rows[0], rows[1]);
       }
     }
   };
   if constexpr (Traits::kHasHalfPartials) {
-    HalfPartial<Traits::kRowTile> const partial(params, slot);
-    auto* const begin = reinterpret_cast<uint32_t*>(partial.numbers(0)) + first_place / 2;
+    uint32_t* const begin = partial.pairs_of_halves(first_place);
     auto const store = [&](auto const& in_unit) {
       __half2 largest = {};
       for_each_pair([&](int32_t distance, int32_t box, float first, float second) {
@@ -90,8 +90,7 @@ __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t 
     });
     if (lane == 0) *partial.unit(4 * thread.warpgroup + thread.warp) = unit;
   } else {
-    float* const begin =
-        params.partial_out + partial_index<Traits::kRowTile>(slot, 0, 0, 0, 0) + first_place;
+    float* const begin = partial.floats(first_place);
     for_each_pair([&](int32_t distance, int32_t box, float first, float second) {
       *reinterpret_cast<float2*>(begin + distance) =
           make_float2(first * scale(box), second * scale(box));

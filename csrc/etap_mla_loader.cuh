@@ -381,6 +381,19 @@ __device__ __forceinline__ void copy_query(Params const& params,
   for (int32_t box = 0; box < kCkvBoxes; ++box) copy(params.q_nope, nope + box * kBoxColumns);
 }
 
+// What thread `thread` of `threads` has to copy of a row tile's queries.
+template <class Traits>
+__device__ __forceinline__ void copy_queries(Params const& params,
+                                             typename Traits::SharedStorage& shared,
+                                             Segment const& segment, int32_t thread,
+                                             int32_t threads) {
+#pragma unroll 1
+  for (int32_t row = thread / 8; row < Traits::kRowTile; row += threads / 8) {
+    copy_query<Traits>(params, shared, segment, row, thread % 8);
+  }
+  cutlass::arch::cp_async_fence();
+}
+
 // Those that this thread began are there, for WGMMA, too. Of others', the barrier says so behind
 // which they have done the same.
 __device__ __forceinline__ void await_queries() {
@@ -399,12 +412,8 @@ __device__ __forceinline__ void help_with_first_queries(Params const& params,
   if constexpr (Traits::kQueryHelpers > 0) {
     int32_t const helper = int32_t(threadIdx.x) - Traits::kFirstQueryHelper;
     if (uint32_t(helper) >= uint32_t(Traits::kQueryHelpers)) return;
-    int32_t const thread = kQueryLoadThreads + helper;
-#pragma unroll 1
-    for (int32_t row = thread / 8; row < Traits::kRowTile; row += kFirstQueryThreads<Traits> / 8) {
-      copy_query<Traits>(params, shared, shared.work.segment, row, thread % 8);
-    }
-    cutlass::arch::cp_async_fence();
+    copy_queries<Traits>(params, shared, shared.work.segment, kQueryLoadThreads + helper,
+                         kFirstQueryThreads<Traits>);
   }
 }
 
@@ -420,12 +429,10 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
   for (uint32_t number = 0;; ++number) {
     if (!has_segment) segment.tile_end = segment.tile_begin;  // the end
     Barrier::wait(&shared.query_empty, number & 1 ^ 1);
-    int32_t const threads = number == 0 ? kFirstQueryThreads<Traits> : kQueryLoadThreads;
-#pragma unroll 1
-    for (int32_t row = thread / 8; has_segment && row < Traits::kRowTile; row += threads / 8) {
-      copy_query<Traits>(params, shared, segment, row, thread % 8);
+    if (has_segment) {
+      int32_t const threads = number == 0 ? kFirstQueryThreads<Traits> : kQueryLoadThreads;
+      copy_queries<Traits>(params, shared, segment, thread, threads);
     }
-    cutlass::arch::cp_async_fence();
     if (thread == 0) {
       shared.segments[number & 1] = segment;
       if (has_segment) walk.describe_split(shared.merge.split_row_tiles);

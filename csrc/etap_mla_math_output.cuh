@@ -123,52 +123,53 @@ class MathOutput : protected MathSegment<Traits> {
 
   template <class Output>
   __device__ void write_partial(int32_t slot, Output const& output) {
-#pragma unroll
-    for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-#pragma unroll
-      for (int32_t block = 0; block < kRowBlocks; ++block) {
-        auto const value = [&](int32_t i) { return output(box, block, i); };
-        *reinterpret_cast<float4*>(params_.partial_out + place_in_partial(slot, box, block)) =
-            make_float4(value(0), value(1), value(2), value(3));
-      }
-    }
+    Partial<kRowTile> const partial(params_, slot);
+    for_each_fragment([&](int32_t place, int32_t box, int32_t block) {
+      auto const value = [&](int32_t i) { return output(box, block, i); };
+      *reinterpret_cast<float4*>(partial.floats(place)) =
+          make_float4(value(0), value(1), value(2), value(3));
+    });
   }
 
   template <class Output>
   __device__ void write_half_partial(int32_t slot, Output const& output) {
-    HalfPartial<kRowTile> const partial(params_, slot);
-    auto const store = [&](auto const& scale) {
+    Partial<kRowTile> const partial(params_, slot);
+    auto const store = [&](auto const& in_unit) {
       __half2 largest = {};
-#pragma unroll
-      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-#pragma unroll
-        for (int32_t block = 0; block < kRowBlocks; ++block) {
-          auto const value = [&](int32_t i) { return scale(output(box, block, i)); };
-          uint2 const numbers = make_uint2(pack<cutlass::half_t>(value(0), value(1)),
-                                           pack<cutlass::half_t>(value(2), value(3)));
-          largest = larger_magnitudes(larger_magnitudes(largest, numbers.x), numbers.y);
-          *partial.numbers(place_in_partial(0, box, block)) = numbers;
-        }
-      }
+      for_each_fragment([&](int32_t place, int32_t box, int32_t block) {
+        auto const value = [&](int32_t i) { return in_unit(output(box, block, i)); };
+        uint2 const numbers = make_uint2(pack<cutlass::half_t>(value(0), value(1)),
+                                         pack<cutlass::half_t>(value(2), value(3)));
+        largest = larger_magnitudes(larger_magnitudes(largest, numbers.x), numbers.y);
+        *reinterpret_cast<uint2*>(partial.pairs_of_halves(place)) = numbers;
+      });
       return largest;
     };
     float const unit = store_in_unit(store, [&](auto const& consider) {
+      for_each_fragment([&](int32_t, int32_t box, int32_t block) {
 #pragma unroll
-      for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
-#pragma unroll
-        for (int32_t i = 0; i < kElementsPerHalf; ++i) consider(output(box, i / 4, i % 4));
-      }
+        for (int32_t i = 0; i < 4; ++i) consider(output(box, block, i));
+      });
     });
     if (thread_.lane == 0) *partial.unit(4 * thread_.warpgroup + thread_.warp) = unit;
   }
 
-  __device__ int32_t place_in_partial(int32_t slot, int32_t box, int32_t block) const {
-    return partial_index<kRowTile>(slot, 2 * box + thread_.warpgroup, block, thread_.warp,
-                                   thread_.lane);
-  }
-
   __device__ void write_row(int32_t slot, RowStatistics const& row) const {
     params_.partial_ml[slot * kRowTile + threadIdx.x] = make_float2(row.max, row.sum);
+  }
+
+  // f(place in a partial result, box, 8-row block) for this thread's fragments.
+  template <class Function>
+  __device__ __forceinline__ void for_each_fragment(Function const& f) const {
+#pragma unroll
+    for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
+#pragma unroll
+      for (int32_t block = 0; block < kRowBlocks; ++block) {
+        f(place_in_partial<kRowTile>(2 * box + thread_.warpgroup, block, thread_.warp,
+                                     thread_.lane),
+          box, block);
+      }
+    }
   }
 
   MathThread const thread_;

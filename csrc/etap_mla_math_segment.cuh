@@ -5,7 +5,7 @@
  */
 #pragma once
 
-#include "etap_mla_traits.cuh"
+#include "etap_mla_loader.cuh"
 
 namespace etap {
 
@@ -19,9 +19,13 @@ class MathSegment {
 
   __device__ Segment const& segment() const { return shared_.segments[segment_number_ & 1]; }
 
-  // Whether this segment's queries were copied with this warpgroup's help, which has to wait.
-  __device__ bool helped_with_queries() const {
-    return Traits::kQueryHelpers > 0 && segment_number_ == 0;
+  // This segment's queries may have been copied with the help of those that will read them, who
+  // then wait for their own copies, and for each other at the barrier of `sync`.
+  template <class Sync>
+  __device__ __forceinline__ void await_own_queries(Sync const& sync) const {
+    if (Traits::kQueryHelpers == 0 || segment_number_ > 0) return;
+    await_queries();
+    sync();
   }
 
   // Whether P has a low part, too, where the cache has the queries' type.

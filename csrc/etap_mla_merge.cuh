@@ -248,61 +248,43 @@ class Merge : MergeOfUnits<Traits> {
                                        : PartSlots{2 * number, 2};
   }
 
-  // Of fp16, as it was loaded.
+  // As it was loaded.
   template <int kUnits>
-  struct HalfPart {
-    HalfFragments<Traits, kUnits> fragments;
+  struct Part {
+    PartialFragments<Traits, kUnits> fragments;
     float2 max, total;
 
-    __device__ static HalfPart none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
-  };
-  template <int kUnits>
-  using LoadedPart =
-      std::conditional_t<Traits::kHasHalfPartials, HalfPart<kUnits>, JoinedParts<kUnits>>;
+    __device__ static Part none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
 
-  template <int kUnits>
-  __device__ static JoinedParts<kUnits> const& joined_parts(JoinedParts<kUnits> const& part) {
-    return part;
-  }
-  template <int kUnits>
-  __device__ static JoinedParts<kUnits> joined_parts(HalfPart<kUnits> const& part) {
-    JoinedParts<kUnits> joined;
-#pragma unroll
-    for (int32_t unit = 0; unit < kUnits; ++unit) joined.sum[unit] = part.fragments.fragment(unit);
-    joined.max = part.max;
-    joined.total = part.total;
-    return joined;
-  }
-
-  template <int kUnits>
-  __device__ void load_part(LoadedPart<kUnits>& part, int32_t slot, Place const& place) const {
-    if constexpr (Traits::kHasHalfPartials) {
-      part.fragments.load(params_, slot, place);
-    } else {
-      float const* const source =
-          params_.partial_out + slot * (kHeadDimCkv * kRowTile) + place.index;
-#pragma unroll
-      for (int32_t unit = 0; unit < kUnits; ++unit) {
-        part.sum[unit] = __ldcg(reinterpret_cast<float4 const*>(source + unit * 32 * 4));
-      }
+    __device__ void load(Params const& params, int32_t slot, Place const& place) {
+      fragments.load(Partial<kRowTile>(params, slot), place);
+      float4 const ml =
+          __ldcg(reinterpret_cast<float4 const*>(params.partial_ml + slot * kRowTile + place.row));
+      max = {ml.x, ml.z};
+      total = {ml.y, ml.w};
     }
-    float4 const ml =
-        __ldcg(reinterpret_cast<float4 const*>(params_.partial_ml + slot * kRowTile + place.row));
-    part.max = {ml.x, ml.z};
-    part.total = {ml.y, ml.w};
-  }
+
+    __device__ JoinedParts<kUnits> joined() const {
+      JoinedParts<kUnits> result;
+#pragma unroll
+      for (int32_t unit = 0; unit < kUnits; ++unit) result.sum[unit] = fragments.fragment(unit);
+      result.max = max;
+      result.total = total;
+      return result;
+    }
+  };
 
   // Adds parts first_part, + stride, ..., kInFlight of them or as many as there are.
   template <int kInFlight, int kUnits>
   __device__ void join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
                              int32_t first_part, int32_t stride, Place const& place) {
-    LoadedPart<kUnits> parts[kInFlight];
+    Part<kUnits> parts[kInFlight];
 #pragma unroll
     for (int32_t i = 0; i < kInFlight; ++i) {
-      parts[i] = LoadedPart<kUnits>::none();
+      parts[i] = Part<kUnits>::none();
       int32_t const part = first_part + i * stride;
       if (part >= num_parts) continue;
-      load_part<kUnits>(parts[i], slots[part], place);
+      parts[i].load(params_, slots[part], place);
     }
     float2 new_max = joined.max;
 #pragma unroll
@@ -311,7 +293,7 @@ class Merge : MergeOfUnits<Traits> {
     }
     joined.rescale(new_max);
 #pragma unroll
-    for (int32_t i = 0; i < kInFlight; ++i) joined.add_scaled(joined_parts(parts[i]));
+    for (int32_t i = 0; i < kInFlight; ++i) joined.add_scaled(parts[i].joined());
   }
 
   // Adds what the warps of the same unit have, in the order of their shares.

@@ -92,14 +92,6 @@ __device__ __forceinline__ void write_fragments(OutputFragment const& first,
   store_words(words, target, exists);
 }
 
-// Where lane `lane` of fragment (box of d_v, 8-row block, warp) lies in a partial result.
-template <int kRowTile>
-__device__ __forceinline__ int32_t partial_index(int32_t slot, int32_t box, int32_t row_block,
-                                                 int32_t warp, int32_t lane) {
-  int32_t const fragment = (box * (kRowTile / 8) + row_block) * 4 + warp;
-  return slot * (kHeadDimCkv * kRowTile) + (fragment * 32 + lane) * 4;
-}
-
 // 1 / sum, with 0 for a row that saw no token; NaN stays NaN.
 __device__ __forceinline__ float normalizer(float row_sum) {
   return row_sum == 0.f ? 0.f : 1.f / row_sum;

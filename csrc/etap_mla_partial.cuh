@@ -19,19 +19,29 @@
 
 namespace etap {
 
+// Numbers of a partial result before those of lane `lane` in fragment (box of d_v, 8-row block,
+// warp).
+template <int kRowTile>
+__device__ __forceinline__ int32_t place_in_partial(int32_t box, int32_t row_block, int32_t warp,
+                                                    int32_t lane) {
+  int32_t const fragment = (box * (kRowTile / 8) + row_block) * 4 + warp;
+  return (fragment * 32 + lane) * 4;
+}
+
 // A slot of the workspace, which has room for float32. Numbers of fp16 take the first half of it,
 // and units begin the second.
 template <int kRowTile>
-class HalfPartial {
+class Partial {
   static constexpr int32_t kNumbers = kHeadDimCkv * kRowTile;
 
  public:
-  __device__ __forceinline__ HalfPartial(Params const& params, int32_t slot)
+  __device__ __forceinline__ Partial(Params const& params, int32_t slot)
       : begin_(params.partial_out + slot * kNumbers) {}
 
-  // A lane's four of a fragment; `index` is their place in slot 0.
-  __device__ __forceinline__ uint2* numbers(int32_t index) const {
-    return reinterpret_cast<uint2*>(begin_) + index / 4;
+  // From a place on.
+  __device__ __forceinline__ float* floats(int32_t place) const { return begin_ + place; }
+  __device__ __forceinline__ uint32_t* pairs_of_halves(int32_t place) const {
+    return reinterpret_cast<uint32_t*>(begin_) + place / 2;
   }
 
   __device__ __forceinline__ float* unit(int32_t math_warp) const {
@@ -74,8 +84,8 @@ __device__ __forceinline__ float find_unit(ForEach const& for_each) {
   return __uint_as_float((max(bits >> 23, 15u) - 14) << 23);
 }
 
-// Stores what a warp has and returns its unit: store(scale) stores all that a thread has, each
-// number as scale(number), and returns the largest magnitudes that it stored.
+// Stores what a warp has and returns its unit: store(in_unit) stores all that a thread has, each
+// number as in_unit(number), and returns the largest magnitudes that it stored.
 template <class Store, class ForEach>
 __device__ __forceinline__ float store_in_unit(Store const& store, ForEach const& for_each) {
   __half2 const largest = store([](float value) { return value; });
@@ -89,19 +99,34 @@ __device__ __forceinline__ float store_in_unit(Store const& store, ForEach const
 // Where a lane finds a fragment in every slot, and its unit.
 template <class Traits>
 struct FragmentPlace {
-  int32_t index;
+  int32_t place;
   int32_t math_warp;
   int32_t row;  // the first of its two
 
   __device__ FragmentPlace(int32_t box, int32_t row_block, int32_t warp, int32_t lane)
-      : index(partial_index<Traits::kRowTile>(0, box, row_block, warp, lane)),
+      : place(place_in_partial<Traits::kRowTile>(box, row_block, warp, lane)),
         math_warp(Traits::kHasRowsOnM ? box / kBoxesPerWarpgroup * 4 + row_block / 2
                                       : box % kMathWarpgroups * 4 + warp),
         row(row_block * 8 + 2 * (lane % 4)) {}
 };
 
-// Neighbouring fragments of fp16 as they lie in memory, so that no load waits for what is made of
-// another.
+// Neighbouring fragments as they lie in memory, so that no load waits for what is made of another.
+// Of each a lane has, in columns d = lane / 4 and d + 8, (d, row), (d, row + 1), (d + 8, row),
+// (d + 8, row + 1).
+template <class Traits, int kFragments>
+struct FloatFragments {
+  float4 numbers[kFragments];
+
+  __device__ __forceinline__ void load(Partial<Traits::kRowTile> const& partial,
+                                       FragmentPlace<Traits> const& first) {
+    auto const* const source = reinterpret_cast<float4 const*>(partial.floats(first.place));
+#pragma unroll
+    for (int32_t i = 0; i < kFragments; ++i) numbers[i] = __ldcg(source + i * 32);
+  }
+
+  __device__ __forceinline__ float4 fragment(int32_t i) const { return numbers[i]; }
+};
+
 template <class Traits, int kFragments>
 struct HalfFragments {
   // Neighbours are of one warp or of four.
@@ -111,23 +136,20 @@ struct HalfFragments {
   uint2 numbers[kFragments];
   Units units;
 
-  __device__ __forceinline__ void load(Params const& params, int32_t slot,
+  __device__ __forceinline__ void load(Partial<Traits::kRowTile> const& partial,
                                        FragmentPlace<Traits> const& first) {
-    HalfPartial<Traits::kRowTile> const partial(params, slot);
+    auto const* const source = reinterpret_cast<uint2 const*>(partial.pairs_of_halves(first.place));
 #pragma unroll
-    for (int32_t i = 0; i < kFragments; ++i) {
-      numbers[i] = __ldcg(partial.numbers(first.index + i * 32 * 4));
-    }
+    for (int32_t i = 0; i < kFragments; ++i) numbers[i] = __ldcg(source + i * 32);
+    float const* const unit = partial.unit(first.math_warp);
     if constexpr (kUnits == 1) {
-      units[0] = __ldcg(partial.unit(first.math_warp));
+      units[0] = __ldcg(unit);
     } else {
       static_assert(kUnits == 4, "a box of four");
-      reinterpret_cast<float4&>(units) =
-          __ldcg(reinterpret_cast<float4 const*>(partial.unit(first.math_warp)));
+      reinterpret_cast<float4&>(units) = __ldcg(reinterpret_cast<float4 const*>(unit));
     }
   }
 
-  // Columns lane / 4 and lane / 4 + 8: (d, row), (d, row + 1), (d + 8, row), (d + 8, row + 1).
   __device__ __forceinline__ float4 fragment(int32_t i) const {
     float const unit = units[kUnits == 1 ? 0 : i];
     float2 const first = unpack<cutlass::half_t>(numbers[i].x);
@@ -135,5 +157,10 @@ struct HalfFragments {
     return {first.x * unit, first.y * unit, second.x * unit, second.y * unit};
   }
 };
+
+template <class Traits, int kFragments>
+using PartialFragments =
+    std::conditional_t<Traits::kHasHalfPartials, HalfFragments<Traits, kFragments>,
+                       FloatFragments<Traits, kFragments>>;
 
 }  // namespace etap

@@ -364,29 +364,33 @@ class WithOutput : protected Base_ {
     int32_t const warp = thread / 32 % 4, lane = thread % 32;
     bool const is_odd = lane / 4 & 1;
     int32_t const fragment_lane = (2 * (lane % 4) + (is_odd ? 1 : 0)) * 4 + lane / 8;
-    auto const index = [&](int32_t slot, int32_t i, int32_t fragment) {
-      return partial_index<kRowTile>(slot, half * kBoxesPerWarpgroup + fragment / 4, warp * 2 + i,
-                                     fragment % 4, fragment_lane);
+    Partial<kRowTile> const partial(params_, slot);
+    // f(place of the fragment, this thread's row, the first of its two blocks of columns)
+    auto const for_each_fragment = [&](auto const& f) {
+#pragma unroll
+      for (int32_t i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int32_t j = 0; j < kOutputBlocks / 2; ++j) {
+          f(place_in_partial<kRowTile>(half * kBoxesPerWarpgroup + j / 4, warp * 2 + i, j % 4,
+                                       fragment_lane),
+            i, 2 * j);
+        }
+      }
     };
     if constexpr (Traits::kHasHalfPartials) {
-      HalfPartial<kRowTile> const partial(params_, slot);
-      auto const store = [&](auto const& scale) {
+      auto const store = [&](auto const& in_unit) {
         __half2 largest = {};
         auto const exchange = [&](int32_t i, int32_t block) {
           uint32_t const own =
-              pack<cutlass::half_t>(scale(output(i, block, 0)), scale(output(i, block, 1)));
+              pack<cutlass::half_t>(in_unit(output(i, block, 0)), in_unit(output(i, block, 1)));
           largest = larger_magnitudes(largest, own);
           uint32_t const received = __shfl_xor_sync(0xffffffff, own, 4);
           return __byte_perm(own, received, is_odd ? 0x3276 : 0x5410);
         };
-#pragma unroll
-        for (int32_t i = 0; i < kRows; ++i) {
-#pragma unroll
-          for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
-            *partial.numbers(index(0, i, fragment)) =
-                make_uint2(exchange(i, 2 * fragment), exchange(i, 2 * fragment + 1));
-          }
-        }
+        for_each_fragment([&](int32_t place, int32_t i, int32_t block) {
+          *reinterpret_cast<uint2*>(partial.pairs_of_halves(place)) =
+              make_uint2(exchange(i, block), exchange(i, block + 1));
+        });
         return largest;
       };
       float const unit = store_in_unit(store, [&](auto const& consider) {
@@ -401,15 +405,11 @@ class WithOutput : protected Base_ {
         float const received = __shfl_xor_sync(0xffffffff, is_odd ? first : second, 4);
         return is_odd ? make_float2(received, kept) : make_float2(kept, received);
       };
-#pragma unroll
-      for (int32_t i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int32_t fragment = 0; fragment < kOutputBlocks / 2; ++fragment) {
-          float2 const lower = exchange(i, 2 * fragment), upper = exchange(i, 2 * fragment + 1);
-          *reinterpret_cast<float4*>(params_.partial_out + index(slot, i, fragment)) =
-              make_float4(lower.x, lower.y, upper.x, upper.y);
-        }
-      }
+      for_each_fragment([&](int32_t place, int32_t i, int32_t block) {
+        float2 const lower = exchange(i, block), upper = exchange(i, block + 1);
+        *reinterpret_cast<float4*>(partial.floats(place)) =
+            make_float4(lower.x, lower.y, upper.x, upper.y);
+      });
     }
   }
 };

@@ -22,7 +22,10 @@ namespace etap {
 // Of the score warpgroup's threads. P and what goes with it have mbarriers: named ones at which a
 // side arrives without waiting are as fast, but compute-sanitizer's racecheck loses track there. It
 // follows mbarriers, if every thread that stored or read something arrives.
-constexpr uint32_t kScoreBarrier = 3;
+__device__ __forceinline__ void sync_scores() {
+  constexpr uint32_t kScoreBarrier = 3;
+  cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kScoreBarrier);
+}
 
 // A warpgroup that takes part in every tile. Stages are filled in turns.
 template <class Traits>
@@ -51,10 +54,7 @@ class ScoreWarpgroup : WithScores<RowsOfEveryTile<Traits>> {
 
   __device__ __forceinline__ void run() {
     for (; this->wait_for_segment(); ++segment_number_) {
-      if (this->helped_with_queries()) {
-        await_queries();
-        cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kScoreBarrier);
-      }
+      this->await_own_queries(sync_scores);
       if (this->splits_probability()) {
         run_segment<true>();
       } else {
@@ -88,7 +88,7 @@ class ScoreWarpgroup : WithScores<RowsOfEveryTile<Traits>> {
     this->template exponentiate<kSplits>(factor);
     if constexpr (kSplits) {
       // All warps have read the box of kpe.
-      cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, kScoreBarrier);
+      sync_scores();
       this->store_operand(this->probability_low_, this->box(stage(), 0));
     }
     Barrier::wait(&shared_.probability_empty, tile_number_ & 1 ^ 1);

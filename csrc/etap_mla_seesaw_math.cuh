@@ -49,10 +49,7 @@ class SeesawWarpgroup : WithOutput<WithScores<RowsWarpgroup<Traits>>> {
     int32_t const warpgroup = cutlass::canonical_warp_group_idx();
     for (; this->wait_for_segment(); ++segment_number_) {
       clear(output_);
-      if (this->helped_with_queries()) {
-        await_queries();
-        sync_math();
-      }
+      this->await_own_queries(sync_math);
       this->begin_scores();
       if (warpgroup == 0) {
         run_segment<0>();

@@ -126,8 +126,8 @@ def checked_cache(
     """
     page = problem.page_size
     if problem.kv_cache_format == "flashmla_656":
-        packed = _checked_flashmla(ckv_cache, kpe_cache, page, device)
-        return packed, packed
+        _check_flashmla(ckv_cache, kpe_cache, page, device)
+        return as_bytes(ckv_cache, kpe_cache)
     dtypes: tuple[torch.dtype, ...] = (problem.kv_data_type,)
     if problem.kv_cache_format == "fp8_e4m3":
         dtypes = (problem.kv_data_type, torch.uint8)
@@ -143,25 +143,31 @@ def checked_cache(
     return as_bytes(ckv_cache, kpe_cache)
 
 
-def as_bytes(ckv_cache: torch.Tensor, kpe_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An fp8 cache in the format ``"fp8_e4m3"`` as kernel and reference take it."""
+def as_bytes(
+    ckv_cache: torch.Tensor, kpe_cache: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A checked fp8 cache as kernel and reference take it; one in FlashMLA's layout has no kpe."""
+    if kpe_cache is None:
+        packed = _without_kv_head(ckv_cache).view(torch.uint8)
+        return packed, packed
     return ckv_cache.view(torch.uint8), kpe_cache.view(torch.uint8)
 
 
-def _checked_flashmla(
-    cache: Any, kpe_cache: Any, page_size: int, device: torch.device
-) -> torch.Tensor:
+def _without_kv_head(cache: torch.Tensor) -> torch.Tensor:
+    """FlashMLA's own tensors have a dimension of one KV head."""
+    return cache.squeeze(2) if cache.ndim == 4 and cache.shape[2] == 1 else cache
+
+
+def _check_flashmla(cache: Any, kpe_cache: Any, page_size: int, device: torch.device) -> None:
     if kpe_cache is not None:
         raise ValueError(
             "kpe_cache was given; with kv_cache_format 'flashmla_656' ckv_cache alone holds both "
             "parts, and kpe_cache must be None"
         )
-    if isinstance(cache, torch.Tensor) and cache.ndim == 4 and cache.shape[2] == 1:
-        cache = cache.squeeze(2)  # FlashMLA's own tensors have a dimension of one KV head
+    if isinstance(cache, torch.Tensor):
+        cache = _without_kv_head(cache)
     shape = (page_size, FLASHMLA_TOKEN_BYTES)
     validation.check_tensor("ckv_cache", cache, "pages", shape, (torch.uint8, FP8_DTYPE), device)
-    packed: torch.Tensor = cache.view(torch.uint8)
-    return packed
 
 
 def check_kernel_cache(ckv_cache: torch.Tensor, kpe_cache: torch.Tensor) -> None:

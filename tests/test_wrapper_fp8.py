@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wrapper_problem import PagedProblem
 
-from etap_flashinfer import BatchMLAPagedAttentionWrapper, mla, quantization
+from etap_flashinfer import BatchMLAPagedAttentionWrapper, cache_format, mla, quantization
 from etap_flashinfer.reference import mla_paged_attention
 
 FP8 = torch.float8_e4m3fn
@@ -413,6 +413,32 @@ def test_layout_errors_of_packed_tokens(
     with pytest.raises(ValueError, match=message):
         wrapper.run(**run_inputs() | {"ckv_cache": pool, "kpe_cache": None})
     assert kernel.calls == []
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 656), (8, 64, 1, 656)])
+def test_packed_tokens_are_checked_whatever_ran_before(
+    kernel: FakeKernel, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a layout that passed need not be checked again; all others must be."""
+    wrapper = make_etap()
+    wrapper.plan(**plan_fp8("flashmla_656"))
+    inputs = run_fp8(ckv_cache=empty(*shape), kpe_cache=None)
+    with monkeypatch.context() as patch:
+        wrapper.run(**inputs)
+        patch.setattr(cache_format, "checked_cache", None)
+        wrapper.run(**(inputs | {"ckv_cache": empty(*shape)}))
+    first, second = ([tensor.shape for tensor in call[:6]] for _, call in kernel.calls)
+    assert first == second
+    for changes, message in (
+        ({"ckv_cache": empty(8, 64, 664)[..., :656]}, "strides .* of 16 elements"),
+        ({"ckv_cache": empty(8, 64, 652)}, r"planned: \[pages, 64, 656\]"),
+        ({"ckv_cache": empty(8, 64, 2, 656)}, r"planned: \[pages, 64, 656\]"),
+        ({"kpe_cache": inputs["ckv_cache"]}, "kpe_cache must be None"),
+        ({"ckv_cache": None}, "is a NoneType"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrapper.run(**(inputs | changes))
+    assert len(kernel.calls) == 2
 
 
 @pytest.mark.parametrize(("changes", "message"), LAYOUT_ERRORS)

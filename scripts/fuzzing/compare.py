@@ -28,11 +28,11 @@ Where the error comes from, to first order, for one row:
     in two parts, whatever the length: csrc/etap_mla_flashmla_scores.cuh says what is lost. For
     e4m3 codes with one scale the weights are e4m3 or fp16, and products may be cut off: codes.py.
 3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
-4.  What CTAs that share a row tile have of O. With more than 32 rows, a cache of bf16 and results
-    of bf16 it is stored in fp16, the largest number of a warp between 2^14 and 2^15: rounded by
-    2^-11 of itself, and of small ones half the smallest subnormal number may be lost, 2^-39 of the
-    largest. Summed with the parts' weights that is no more than the same share of sum p |V| and, as
-    the sums of a row's weights are between 1 and its tokens, 2^-39 of as many of the request's
+4.  What CTAs that share a row tile have of O, stored in fp16 beside results of bf16: rounded by
+    2^-11 of itself, and of small numbers half the smallest subnormal one may be lost. That is 2^-25
+    where a warp's largest number is at least 2^-8, and 2^-39 of the largest where it is smaller or
+    2^16 or more. Summed with the parts' weights that is no more than 2^-11 of sum p |V| and, as the
+    sum of a part's weights is between 1 and its tokens, 2^-25, or 2^-39 of as many of the request's
     largest value as it has tokens.
 5.  O, rounded once to the output's type: the only error of an exact computation.
 
@@ -73,7 +73,9 @@ LOGIT_ROUNDOFF = 2.0**-23
 EXP_ROUNDOFF = 2.0**-21
 SUM_ROUNDOFF = 2.0**-24
 PARTIAL_ROUNDOFF = 2.0**-11  # of O of a part, of requests of more than one token tile
-PARTIAL_SMALLEST = 2.0**-39
+PARTIAL_LOST = 2.0**-25  # at most, where the largest number may be as large as this:
+PARTIAL_LEAST = 2.0**-8
+PARTIAL_LOST_OF_LARGEST = 2.0**-39
 FIXED_SUM_STEPS = 64  # over warps, parts of a split row tile and the normalisation
 LSE_ROUNDOFF = 2.0**-22
 
@@ -222,13 +224,11 @@ def exact(
         lost = FLASHMLA_SMALLEST * largest.repeat_interleave(SCALE_COLUMNS, -1)[:, None]
         storing_bound = FLASHMLA_ROUNDOFF[dtype] * (p @ v) + visible.clamp(min=0) * lost
     else:
-        lengths, weighed = group.kv_lens[:, None, None], p @ v
         unit = UNIT_ROUNDOFF[dtype]
-        storing_bound = torch.where(lengths <= two_parts_up_to, unit**2, unit) * weighed
-        if dtype == torch.bfloat16:
-            lost = PARTIAL_SMALLEST * lengths * v.amax((1, 2), keepdim=True)
-            partial_bound = PARTIAL_ROUNDOFF * weighed + lost
-            storing_bound += torch.where(lengths > TOKEN_TILE, partial_bound, 0.0)
+        of_weights = torch.where(group.kv_lens <= two_parts_up_to, unit**2, unit)
+        storing_bound = of_weights[:, None, None] * (p @ v)
+    if dtype == torch.bfloat16:
+        storing_bound += _error_of_parts(group.kv_lens[:, None, None], p, v)
     log_total = torch.where(total > 0, divisor.log() + top, -math.inf).squeeze(-1)
     lse_bound = uncertainty / (1 - uncertainty).clamp(min=0.05) + steps * SUM_ROUNDOFF
     return Exact(
@@ -253,6 +253,14 @@ def _score_error(q: torch.Tensor, k: torch.Tensor, is_codes: bool) -> torch.Tens
     sums_of_pe = (q[..., HEAD_DIM_CKV:] @ k[..., HEAD_DIM_CKV:].mT).abs()
     lost = (q.abs().amax(-1) * QUERY_ROUNDOFF)[..., None] * k.abs().sum(-1)[:, None]
     return (of_nope + sums_of_pe) * CODES_SCORE_ROUNDOFF + of_pe * CODES_KPE_ROUNDOFF + lost
+
+
+def _error_of_parts(kv_lens: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """How far O may be off because its parts are stored in fp16, ``[requests, rows, columns]``."""
+    largest = kv_lens * v.amax((1, 2), keepdim=True)
+    lost = torch.where(largest >= PARTIAL_LEAST, PARTIAL_LOST, 0.0)
+    error = PARTIAL_ROUNDOFF * (p @ v) + lost + PARTIAL_LOST_OF_LARGEST * largest
+    return torch.where(kv_lens > TOKEN_TILE, error, 0.0)
 
 
 def _rmse_criterion(
