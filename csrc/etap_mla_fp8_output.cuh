@@ -79,13 +79,14 @@ __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t 
     float const unit = store_in_unit(store, [&](auto const& consider) {
 #pragma unroll
       for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
-        float largest = 0.f;
+        // At least this, so that scale / unit is no infinity. What is less is as good as 0.
+        float largest = 0x1p-80f;
 #pragma unroll
         for (int32_t i = 0; i < Traits::kRowTile / 2; ++i) {
           float const magnitude = fabsf(of_box(box)(i));
           if (magnitude < INFINITY) largest = fmaxf(largest, magnitude);
         }
-        consider(fminf(largest * scale(box), FLT_MAX));
+        if (scale(box) < INFINITY) consider(fminf(largest * scale(box), FLT_MAX));
       }
     });
     if (lane == 0) *partial.unit(4 * thread.warpgroup + thread.warp) = unit;

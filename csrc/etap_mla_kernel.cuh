@@ -7,8 +7,8 @@
  *   producer          each token tile: 9 boxes [64 tokens x 64 columns] -> ring (TMA or cp.async)
  *                     each row tile:   Q [row tile x 576] -> shared memory
  *   math warpgroups   each token tile: S^T = K Q^T;  P^T = softmax;  O^T += V^T P^T
- *                     end of segment:  O^T / l transposed -> out, or O^T, m, l in fp32 ->
- *                                      workspace if other CTAs share the row tile
+ *                     end of segment:  O^T / l transposed -> out, or O^T, m, l -> workspace
+ *                                      if other CTAs share the row tile (etap_mla_partial.cuh)
  *                     at last:         with those CTAs, join the parts (etap_mla_merge_at_end.cuh)
  *
  * The math differs: etap_mla_math.cuh up to 32 rows; row tiles of 64 fill M themselves (S = Q K^T,

@@ -255,7 +255,7 @@ struct Params {
   // batch-invariant calls part p of row tile r has slot r * most_parts + p; in those that fold, CTA
   // c leaves its pieces in fold_slots slots from c * fold_slots on, of which the last
   // kFoldSlotsOfBeginning are for beginnings.
-  float* partial_out;  // [slots, 512 * row_tile], in the order of accumulator fragments
+  float* partial_out;  // [slots, 512 * row_tile], or fp16 in the same room (etap_mla_partial.cuh)
   float2* partial_ml;  // [slots, row_tile]: running maximum (base 2) and sum
   MergeDescriptor* merge_descriptors;  // [most_row_tiles]
 };
