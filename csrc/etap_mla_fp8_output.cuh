@@ -42,9 +42,9 @@ __device__ __forceinline__ void write_fp8_output(Params const& params, Segment c
 // O^T of a part. The merge expects columns lane / 4 and lane / 4 + 8 of a lane; this one has 2 *
 // (lane / 4) and the next: of its pairs of rows each goes to another lane's place.
 template <class Traits, typename OfBox, typename Scale>
-__device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t slot,
-                                                  MathThread const& thread, OfBox of_box,
-                                                  Scale scale) {
+__device__ __forceinline__ void write_fp8_partial(Params const& params, MergeWork& merge,
+                                                  int32_t slot, MathThread const& thread,
+                                                  OfBox of_box, Scale scale) {
   int32_t const lane = thread.fresh_lane();
   int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
   Partial<Traits::kRowTile> const partial(params, slot);
@@ -66,30 +66,30 @@ __device__ __forceinline__ void write_fp8_partial(Params const& params, int32_t 
   };
   if constexpr (Traits::kHasHalfPartials) {
     uint32_t* const begin = partial.pairs_of_halves(first_place);
-    auto const store = [&](auto const& in_unit) {
+    auto const store = [&](auto const& scaled) {
       __half2 largest = {};
       for_each_pair([&](int32_t distance, int32_t box, float first, float second) {
-        float const factor = in_unit(scale(box));
+        float const factor = scaled(scale(box));
         uint32_t const numbers = pack<cutlass::half_t>(first * factor, second * factor);
         largest = larger_magnitudes(largest, numbers);
         begin[distance / 2] = numbers;
       });
       return largest;
     };
-    float const unit = store_in_unit(store, [&](auto const& consider) {
+    auto const for_each_largest = [&](auto const& f) {
 #pragma unroll
       for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
-        // At least this, so that scale / unit is no infinity. What is less is as good as 0.
+        // At least this, so that scale / power is no infinity. What is less is as good as 0.
         float largest = 0x1p-80f;
 #pragma unroll
         for (int32_t i = 0; i < Traits::kRowTile / 2; ++i) {
           float const magnitude = fabsf(of_box(box)(i));
           if (magnitude < INFINITY) largest = fmaxf(largest, magnitude);
         }
-        if (scale(box) < INFINITY) consider(fminf(largest * scale(box), FLT_MAX));
+        if (scale(box) < INFINITY) f(fminf(largest * scale(box), FLT_MAX));
       }
-    });
-    if (lane == 0) *partial.unit(4 * thread.warpgroup + thread.warp) = unit;
+    };
+    store_halves(partial, 4 * thread.warpgroup + thread.warp, merge, store, for_each_largest);
   } else {
     float* const begin = partial.floats(first_place);
     for_each_pair([&](int32_t distance, int32_t box, float first, float second) {
@@ -115,14 +115,14 @@ __device__ __forceinline__ void write_fp8_statistics(Params const& params, Segme
 // `reference(row)` is what O^T is relative to, and `total_sum(row)` is l. Called by all math
 // threads, each with the accumulators of its own columns.
 template <class Traits, typename OfBox, typename Scale, typename Reference, typename TotalSum>
-__device__ __forceinline__ void write_fp8_segment(Params const& params, Segment const& segment,
-                                                  MathThread const& thread, OfBox of_box,
-                                                  Scale scale, Reference reference,
+__device__ __forceinline__ void write_fp8_segment(Params const& params, MergeWork& merge,
+                                                  Segment const& segment, MathThread const& thread,
+                                                  OfBox of_box, Scale scale, Reference reference,
                                                   TotalSum total_sum) {
   if (segment.is_whole()) {
     write_fp8_output<Traits>(params, segment, thread, of_box, scale, total_sum);
   } else {
-    write_fp8_partial<Traits>(params, segment.slot, thread, of_box, scale);
+    write_fp8_partial<Traits>(params, merge, segment.slot, thread, of_box, scale);
   }
   int32_t const row = threadIdx.x;
   if (row < Traits::kRowTile) {

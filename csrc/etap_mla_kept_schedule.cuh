@@ -72,6 +72,7 @@ __device__ __forceinline__ void keep_cta_work(Params const& params, RawRequest c
 __device__ __forceinline__ void begin_call(KeptSchedule& kept, MergeWork& merge) {
   if (threadIdx.x < 2) merge.split_row_tiles[threadIdx.x] = {};
   if (threadIdx.x != kThreads - 1) return;
+  merge.has_powers = false;
   merge.call = __ldcg(&kept.call);
   kept.call = merge.call + 1;
   kept.arrivals[(merge.call + 1) % 2] = 0;

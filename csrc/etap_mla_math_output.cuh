@@ -134,10 +134,10 @@ class MathOutput : protected MathSegment<Traits> {
   template <class Output>
   __device__ void write_half_partial(int32_t slot, Output const& output) {
     Partial<kRowTile> const partial(params_, slot);
-    auto const store = [&](auto const& in_unit) {
+    auto const store = [&](auto const& scale) {
       __half2 largest = {};
       for_each_fragment([&](int32_t place, int32_t box, int32_t block) {
-        auto const value = [&](int32_t i) { return in_unit(output(box, block, i)); };
+        auto const value = [&](int32_t i) { return scale(output(box, block, i)); };
         uint2 const numbers = make_uint2(pack<cutlass::half_t>(value(0), value(1)),
                                          pack<cutlass::half_t>(value(2), value(3)));
         largest = larger_magnitudes(larger_magnitudes(largest, numbers.x), numbers.y);
@@ -145,13 +145,13 @@ class MathOutput : protected MathSegment<Traits> {
       });
       return largest;
     };
-    float const unit = store_in_unit(store, [&](auto const& consider) {
+    auto const for_each = [&](auto const& f) {
       for_each_fragment([&](int32_t, int32_t box, int32_t block) {
 #pragma unroll
-        for (int32_t i = 0; i < 4; ++i) consider(output(box, block, i));
+        for (int32_t i = 0; i < 4; ++i) f(output(box, block, i));
       });
-    });
-    if (thread_.lane == 0) *partial.unit(4 * thread_.warpgroup + thread_.warp) = unit;
+    };
+    store_halves(partial, 4 * thread_.warpgroup + thread_.warp, shared_.merge, store, for_each);
   }
 
   __device__ void write_row(int32_t slot, RowStatistics const& row) const {

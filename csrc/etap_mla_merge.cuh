@@ -45,13 +45,20 @@ struct JoinedParts {
 
   // Of one that is relative to another maximum.
   __device__ void add_scaled(JoinedParts const& other) {
+    add_scaled(other, [](int32_t) { return 1.f; });
+  }
+
+  // The same, where power(i) is what the other's sum[i] has to be multiplied with.
+  template <class Power>
+  __device__ void add_scaled(JoinedParts const& other, Power const& power) {
     float const f0 = rescale_factor(other.max.x, max.x), f1 = rescale_factor(other.max.y, max.y);
 #pragma unroll
     for (int32_t i = 0; i < kUnits; ++i) {
-      sum[i].x += f0 * other.sum[i].x;
-      sum[i].y += f1 * other.sum[i].y;
-      sum[i].z += f0 * other.sum[i].z;
-      sum[i].w += f1 * other.sum[i].w;
+      float const p = power(i);
+      sum[i].x += f0 * (other.sum[i].x * p);
+      sum[i].y += f1 * (other.sum[i].y * p);
+      sum[i].z += f0 * (other.sum[i].z * p);
+      sum[i].w += f1 * (other.sum[i].w * p);
     }
     total.x += f0 * other.total.x;
     total.y += f1 * other.total.y;
@@ -164,9 +171,10 @@ class Merge : MergeOfUnits<Traits> {
     JoinedParts<1> shares[kMergeWarps][32];
   };
 
-  // For CTA `rank` of `count` that share the units.
-  __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count)
-      : Base(params, rank, count), shared_(shared) {}
+  // For CTA `rank` of `count` that share the units. have_powers: false if all are 1.
+  __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count,
+                   bool have_powers)
+      : Base(params, rank, count), shared_(shared), have_powers_(have_powers) {}
 
   // Of one row tile, by the CTAs that have its parts.
   __device__ void join_row_tile(SplitRowTile const& split) {
@@ -278,22 +286,37 @@ class Merge : MergeOfUnits<Traits> {
   template <int kInFlight, int kUnits>
   __device__ void join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
                              int32_t first_part, int32_t stride, Place const& place) {
+    auto const for_each = [&](auto const& f) {
+#pragma unroll
+      for (int32_t i = 0; i < kInFlight; ++i) {
+        int32_t const part = first_part + i * stride;
+        if (part < num_parts) f(i, slots[part]);
+      }
+    };
     Part<kUnits> parts[kInFlight];
 #pragma unroll
-    for (int32_t i = 0; i < kInFlight; ++i) {
-      parts[i] = Part<kUnits>::none();
-      int32_t const part = first_part + i * stride;
-      if (part >= num_parts) continue;
-      parts[i].load(params_, slots[part], place);
+    for (Part<kUnits>& part : parts) part = Part<kUnits>::none();
+    for_each([&](int32_t i, int32_t slot) { parts[i].load(params_, slot, place); });
+    Powers<Traits, kUnits> powers[kInFlight];
+    if (__builtin_expect(have_powers_, 0)) {
+      for_each([&](int32_t i, int32_t slot) {
+        powers[i].load(Partial<kRowTile>(params_, slot), place);
+      });
     }
     float2 new_max = joined.max;
 #pragma unroll
-    for (int32_t i = 0; i < kInFlight; ++i) {
-      new_max = {fmaxf(new_max.x, parts[i].max.x), fmaxf(new_max.y, parts[i].max.y)};
+    for (Part<kUnits> const& part : parts) {
+      new_max = {fmaxf(new_max.x, part.max.x), fmaxf(new_max.y, part.max.y)};
     }
     joined.rescale(new_max);
+    if (__builtin_expect(have_powers_, 0)) {
+      for_each([&](int32_t i, int32_t) {
+        joined.add_scaled(parts[i].joined(), [&](int32_t unit) { return powers[i].of(unit); });
+      });
+    } else {
 #pragma unroll
-    for (int32_t i = 0; i < kInFlight; ++i) joined.add_scaled(parts[i].joined());
+      for (Part<kUnits> const& part : parts) joined.add_scaled(part.joined());
+    }
   }
 
   // Adds what the warps of the same unit have, in the order of their shares.
@@ -309,6 +332,7 @@ class Merge : MergeOfUnits<Traits> {
   }
 
   SharedStorage& shared_;
+  bool const have_powers_;
 };
 
 }  // namespace etap

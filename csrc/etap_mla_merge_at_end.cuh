@@ -12,31 +12,35 @@
 
 namespace etap {
 
-// CTAs that came to a merge, in the lower half of a word; in the upper half, those that left before
-// all had come.
-constexpr uint32_t kArrived = 0xffff;
-constexpr uint32_t kOneLeft = kArrived + 1;
+// In a word: CTAs that came to a merge, those of them whose parts have powers, and those that left
+// before all had come.
+constexpr uint32_t kArrived = 0xff;
+constexpr uint32_t kOneHasPowers = kArrived + 1, kHavePowers = kArrived * kOneHasPowers;
+constexpr uint32_t kOneLeft = kOneHasPowers + kHavePowers;
+static_assert(kMostSms <= kArrived);
 constexpr int64_t kPatience = 2'000'000;  // in cycles: 1 ms
 
 // Comes to the merge of a row tile, and waits for the other CTAs that share it; returns whose
 // shares this one does. All CTAs of a grid run at the same time, unless other kernels have some of
 // the SMs; so nobody waits for ever. If a CTA gave up, the last one to come does the shares of all;
 // then nobody can give up any more.
-__device__ __forceinline__ MergeShares wait_for_parts(uint32_t& arrivals,
-                                                      SplitRowTile const& split) {
+__device__ __forceinline__ MergeShares wait_for_parts(uint32_t& arrivals, SplitRowTile const& split,
+                                                      bool has_powers) {
   uint32_t const num_parts = split.descriptor.num_parts;
   int64_t const begin = clock64();
   cuda::atomic_ref<uint32_t, cuda::thread_scope_device> const counter(arrivals);
-  uint32_t state = counter.fetch_add(1, cuda::memory_order_acq_rel) + 1;
+  uint32_t const one = 1 + (has_powers ? kOneHasPowers : 0);
+  uint32_t state = counter.fetch_add(one, cuda::memory_order_acq_rel) + one;
   bool const is_last = (state & kArrived) == num_parts;
   while ((state & kArrived) != num_parts) {
     state = counter.load(cuda::memory_order_acquire);
     if ((state & kArrived) == num_parts || clock64() - begin < kPatience) continue;
     // Not the counter's own, which would put `state` on the stack.
-    if (atomicCAS(&arrivals, state, state + kOneLeft) == state) return {0, 0};
+    if (atomicCAS(&arrivals, state, state + kOneLeft) == state) return {};
   }
-  if (state < kOneLeft) return {split.part, split.part + 1};
-  return {0, is_last ? int32_t(num_parts) : 0};
+  bool const have_powers = state & kHavePowers;
+  if (state < kOneLeft) return {split.part, split.part + 1, have_powers};
+  return {0, is_last ? int32_t(num_parts) : 0, have_powers};
 }
 
 // A CTA's math threads join the row tiles that it shares with others: some units each, once all
@@ -55,7 +59,7 @@ __device__ __forceinline__ void merge_split_row_tiles_of_call(
   if (threadIdx.x % 32 == 0 && warp < 2 && num_parts(warp) > 0) {
     SplitRowTile const& split = merge.split_row_tiles[warp];
     KeptSchedule& kept = params.kept_schedules[split.number];
-    merge.shares[warp] = wait_for_parts(kept.arrivals[merge.call % 2], split);
+    merge.shares[warp] = wait_for_parts(kept.arrivals[merge.call % 2], split, merge.has_powers);
   }
   sync_math();
   using Storage =
@@ -72,7 +76,8 @@ __device__ __forceinline__ void merge_split_row_tiles_of_call(
         FoldMerge<Traits>::join_row_tile(params, scratch, share, num_parts(i), split,
                                          shared.fold.lists[i]);
       } else {
-        Merge<Traits>(params, scratch, share, num_parts(i)).join_row_tile(split);
+        bool const have_powers = Traits::kHasHalfPartials && merge.shares[i].have_powers;
+        Merge<Traits>(params, scratch, share, num_parts(i), have_powers).join_row_tile(split);
       }
       sync_math();  // the scratch is used again
     }

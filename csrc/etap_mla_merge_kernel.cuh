@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeCtasPerSm)
     etap_mla_merge_kernel(__grid_constant__ Params const params) {
   constexpr int32_t kUnits = Merge<Traits>::kUnitsPerRowTile;
   __shared__ typename Merge<Traits>::SharedStorage shared;
-  Merge<Traits> merge(params, shared, blockIdx.x, gridDim.x);
+  Merge<Traits> merge(params, shared, blockIdx.x, gridDim.x, Traits::kHasHalfPartials);
   DescriptorSearch search(params);
   auto const find = [&search](int32_t i) { return search.find(i); };
 #pragma unroll 1  // so that the rehearsal runs the same instructions

@@ -378,11 +378,11 @@ class WithOutput : protected Base_ {
       }
     };
     if constexpr (Traits::kHasHalfPartials) {
-      auto const store = [&](auto const& in_unit) {
+      auto const store = [&](auto const& scale) {
         __half2 largest = {};
         auto const exchange = [&](int32_t i, int32_t block) {
           uint32_t const own =
-              pack<cutlass::half_t>(in_unit(output(i, block, 0)), in_unit(output(i, block, 1)));
+              pack<cutlass::half_t>(scale(output(i, block, 0)), scale(output(i, block, 1)));
           largest = larger_magnitudes(largest, own);
           uint32_t const received = __shfl_xor_sync(0xffffffff, own, 4);
           return __byte_perm(own, received, is_odd ? 0x3276 : 0x5410);
@@ -393,11 +393,11 @@ class WithOutput : protected Base_ {
         });
         return largest;
       };
-      float const unit = store_in_unit(store, [&](auto const& consider) {
+      auto const for_each = [&](auto const& f) {
 #pragma unroll
-        for (int32_t j = 0; j < size(output_); ++j) consider(output_(j));
-      });
-      if (lane == 0) *partial.unit(half * 4 + warp) = unit;
+        for (int32_t j = 0; j < size(output_); ++j) f(output_(j));
+      };
+      store_halves(partial, half * 4 + warp, this->shared_.merge, store, for_each);
     } else {
       auto const exchange = [&](int32_t i, int32_t block) {
         float const first = output(i, block, 0), second = output(i, block, 1);

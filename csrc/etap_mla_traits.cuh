@@ -198,6 +198,7 @@ struct SplitRowTile {
 // CTAs that do their share of a merge; those before `end` from `first` on.
 struct MergeShares {
   int32_t first, end;
+  bool have_powers;  // whether any part has (etap_mla_partial.cuh)
 };
 
 // What a CTA's threads tell each other of the merge.
@@ -205,6 +206,7 @@ struct MergeWork {
   SplitRowTile split_row_tiles[2];  // one that began in an earlier CTA, one that goes on in a later
   MergeShares shares[2];            // that this CTA does of them
   uint32_t call;                    // its number
+  bool has_powers;                  // whether a part that this CTA left has
 };
 
 struct Params {
