@@ -246,15 +246,33 @@ class Merge : MergeOfUnits<Traits> {
   struct PartSlots {
     int32_t begin, stride;
 
-    __device__ int32_t operator[](int32_t part) const {
-      return begin + (part == 0 ? stride - 1 : part * stride);
-    }
+    __device__ int32_t beginning() const { return begin + stride - 1; }
+    __device__ int32_t continuation(int32_t part) const { return begin + part * stride; }
   };
 
   __device__ PartSlots slots_of(int32_t number) const {
     return is_batch_invariant(params_) ? PartSlots{number * params_.most_parts, 1}
                                        : PartSlots{2 * number, 2};
   }
+
+  // Where a lane finds the same numbers of all parts: in slot 0, from which others are as far away
+  // as slots are long.
+  template <int kUnits>
+  struct PartSource {
+    using Lane = typename PartialFragments<Traits, kUnits>::Lane;
+    static constexpr int32_t kLanesOfSlot =
+        kHeadDimCkv * kRowTile * int32_t(sizeof(float)) / int32_t(sizeof(Lane));
+
+    Lane const* numbers;
+    float2 const* rows;
+
+    __device__ PartSource(Params const& params, Place const& place)
+        : numbers(reinterpret_cast<Lane const*>(params.partial_out) + place.place / 4),
+          rows(params.partial_ml + place.row) {
+      // Not put together again for each part, which would take longer than to load it.
+      asm("" : "+l"(numbers), "+l"(rows));
+    }
+  };
 
   // As it was loaded.
   template <int kUnits>
@@ -264,10 +282,10 @@ class Merge : MergeOfUnits<Traits> {
 
     __device__ static Part none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
 
-    __device__ void load(Params const& params, int32_t slot, Place const& place) {
-      fragments.load(Partial<kRowTile>(params, slot), place);
+    __device__ void load(PartSource<kUnits> const& source, int32_t slot) {
+      fragments.load(source.numbers + int64_t(slot) * PartSource<kUnits>::kLanesOfSlot);
       float4 const ml =
-          __ldcg(reinterpret_cast<float4 const*>(params.partial_ml + slot * kRowTile + place.row));
+          __ldcg(reinterpret_cast<float4 const*>(source.rows + int64_t(slot) * kRowTile));
       max = {ml.x, ml.z};
       total = {ml.y, ml.w};
     }
@@ -286,37 +304,53 @@ class Merge : MergeOfUnits<Traits> {
   template <int kInFlight, int kUnits>
   __device__ void join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
                              int32_t first_part, int32_t stride, Place const& place) {
-    auto const for_each = [&](auto const& f) {
+    PartSource<kUnits> const source(params_, place);
+    Part<kUnits> parts[kInFlight];
+    int32_t const first_slot = first_part == 0 ? slots.beginning() : slots.continuation(first_part);
+    auto const for_each = [&](auto const& exists, auto const& f) {
 #pragma unroll
       for (int32_t i = 0; i < kInFlight; ++i) {
         int32_t const part = first_part + i * stride;
-        if (part < num_parts) f(i, slots[part]);
+        if (exists(part)) f(i, i == 0 ? first_slot : slots.continuation(part));
       }
     };
-    Part<kUnits> parts[kInFlight];
+    auto const load = [&](int32_t i, int32_t slot) { parts[i].load(source, slot); };
+    auto const exists = [&](int32_t part) { return part < num_parts; };
+    // As most are: without a question for each part, and with fewer instructions, all of which
+    // count.
+    if (exists(first_part + (kInFlight - 1) * stride) && !have_powers_) {
+      for_each([](int32_t) { return true; }, load);
+      raise_max(joined, parts);
+#pragma unroll
+      for (Part<kUnits> const& part : parts) joined.add_scaled(part.joined());
+      return;
+    }
 #pragma unroll
     for (Part<kUnits>& part : parts) part = Part<kUnits>::none();
-    for_each([&](int32_t i, int32_t slot) { parts[i].load(params_, slot, place); });
-    Powers<Traits, kUnits> powers[kInFlight];
-    if (__builtin_expect(have_powers_, 0)) {
-      for_each([&](int32_t i, int32_t slot) {
+    for_each(exists, load);
+    Powers<Traits, kUnits> powers[kInFlight] = {};
+    if (have_powers_) {
+      for_each(exists, [&](int32_t i, int32_t slot) {
         powers[i].load(Partial<kRowTile>(params_, slot), place);
       });
     }
+    raise_max(joined, parts);
+#pragma unroll
+    for (int32_t i = 0; i < kInFlight; ++i) {
+      joined.add_scaled(parts[i].joined(),
+                        [&](int32_t unit) { return have_powers_ ? powers[i].of(unit) : 1.f; });
+    }
+  }
+
+  template <int kInFlight, int kUnits>
+  __device__ static void raise_max(JoinedParts<kUnits>& joined,
+                                   Part<kUnits> const (&parts)[kInFlight]) {
     float2 new_max = joined.max;
 #pragma unroll
     for (Part<kUnits> const& part : parts) {
       new_max = {fmaxf(new_max.x, part.max.x), fmaxf(new_max.y, part.max.y)};
     }
     joined.rescale(new_max);
-    if (__builtin_expect(have_powers_, 0)) {
-      for_each([&](int32_t i, int32_t) {
-        joined.add_scaled(parts[i].joined(), [&](int32_t unit) { return powers[i].of(unit); });
-      });
-    } else {
-#pragma unroll
-      for (Part<kUnits> const& part : parts) joined.add_scaled(part.joined());
-    }
   }
 
   // Adds what the warps of the same unit have, in the order of their shares.

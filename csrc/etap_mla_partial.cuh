@@ -119,13 +119,12 @@ struct FragmentPlace {
 // Neighbouring fragments as they lie in memory, so that no load waits for what is made of another.
 // Of each a lane has, in columns d = lane / 4 and d + 8, (d, row), (d, row + 1), (d + 8, row),
 // (d + 8, row + 1).
-template <class Traits, int kFragments>
+template <int kFragments>
 struct FloatFragments {
-  float4 numbers[kFragments];
+  using Lane = float4;
+  Lane numbers[kFragments];
 
-  __device__ __forceinline__ void load(Partial<Traits::kRowTile> const& partial,
-                                       FragmentPlace<Traits> const& first) {
-    auto const* const source = reinterpret_cast<float4 const*>(partial.floats(first.place));
+  __device__ __forceinline__ void load(Lane const* source) {
 #pragma unroll
     for (int32_t i = 0; i < kFragments; ++i) numbers[i] = __ldcg(source + i * 32);
   }
@@ -133,13 +132,12 @@ struct FloatFragments {
   __device__ __forceinline__ float4 fragment(int32_t i) const { return numbers[i]; }
 };
 
-template <class Traits, int kFragments>
+template <int kFragments>
 struct HalfFragments {
-  uint2 numbers[kFragments];
+  using Lane = uint2;
+  Lane numbers[kFragments];
 
-  __device__ __forceinline__ void load(Partial<Traits::kRowTile> const& partial,
-                                       FragmentPlace<Traits> const& first) {
-    auto const* const source = reinterpret_cast<uint2 const*>(partial.pairs_of_halves(first.place));
+  __device__ __forceinline__ void load(Lane const* source) {
 #pragma unroll
     for (int32_t i = 0; i < kFragments; ++i) numbers[i] = __ldcg(source + i * 32);
   }
@@ -152,9 +150,8 @@ struct HalfFragments {
 };
 
 template <class Traits, int kFragments>
-using PartialFragments =
-    std::conditional_t<Traits::kHasHalfPartials, HalfFragments<Traits, kFragments>,
-                       FloatFragments<Traits, kFragments>>;
+using PartialFragments = std::conditional_t<Traits::kHasHalfPartials, HalfFragments<kFragments>,
+                                            FloatFragments<kFragments>>;
 
 // Of neighbouring fragments, which one warp wrote or four.
 template <class Traits, int kFragments>

@@ -15,7 +15,7 @@ from fp8_problems import (
     with_codes,
     with_packed_tokens,
 )
-from gpu_helpers import exact, make_problem, rmse, run_once
+from gpu_helpers import Problem, exact, make_problem, rmse, run_once
 from test_execution_gpu import bits
 
 from etap_flashinfer import quantization
@@ -79,6 +79,24 @@ def test_scales(scales, seed, record):
         seed, [1, 2, 1], [65, 9, 3000], 16, scales=scales, cache_format="fp8_e4m3"
     )
     check_fp8(problem, *run_once(problem), record)
+
+
+@pytest.mark.parametrize("heads", [16, 32, 64])
+def test_parts_of_zeros_beside_a_large_scale(heads, seed):
+    """The largest number of such a part leads to no power of two that a scale has to exceed."""
+    scale = 2.0**60
+
+    def zero_tail(tokens: torch.Tensor, problem: Problem) -> torch.Tensor:
+        problem.q_nope.zero_()  # kpe alone decides on weights
+        tokens = tokens.float()
+        tokens[:, :512] *= scale
+        tokens[5000:, :512] = 0.0
+        return tokens
+
+    problem = make_fp8_problem(
+        seed, [1], [10000], heads, cache_format="fp8_e4m3", scales=(scale, 1.0), change=zero_tail
+    )
+    check_fp8(problem, *run_once(problem))
 
 
 def test_scales_default_to_1(seed):

@@ -12,7 +12,17 @@ import subprocess
 
 import pytest
 import torch
-from gpu_helpers import check, make_problem, make_wrapper, poisoned_outputs, run_once
+from fuzzing import compare
+from gpu_helpers import (
+    LSE_BOUND,
+    check,
+    exact,
+    make_problem,
+    make_wrapper,
+    poisoned_outputs,
+    rmse,
+    run_once,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -132,6 +142,33 @@ def test_columns_of_any_size(exponent, heads, shape, seed):
     broken[-1, :, column] = out[-1, :, column]
     check(problem, broken.double() / scale, lse)
     assert torch.equal(broken_lse, lse)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+def test_parts_of_any_size(heads, seed):
+    """Each fifth of the tokens has values in a fifth of the columns, of sizes that fp16 has and has
+    not; one has none. So some parts are stored as they are, and some over a power of two."""
+    length, exponents = 20000, torch.tensor([0.0, 17.0, -9.0, -torch.inf, 3.0])
+    problem = make_problem(seed, [1], [length], heads)
+    problem.q_nope.zero_()  # kpe alone decides on weights
+    fifth = torch.arange(length)[:, None] * 5 // length
+    is_there = torch.arange(512) % 5 == fifth
+    factor = torch.where(is_there, torch.exp2(exponents)[fifth], 0.0).cuda()
+    values = problem.tokens[0][:, :512]
+    values *= factor
+    pages = problem.kv_indices[: -(-length // problem.page_size)].long()
+    pool = problem.ckv[pages]
+    pool.view(-1, 512)[:length] = values
+    problem.ckv[pages] = pool
+
+    out, lse = run_once(problem)
+    expected, expected_lse = exact(problem)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=LSE_BOUND)
+    rounded = expected.to(problem.dtype)
+    for column in range(5):
+        of_size = (..., slice(column, None, 5))
+        bound = compare.RMSE_BOUND_ONE_PART * rmse(rounded[of_size], expected[of_size])
+        assert rmse(out[of_size], expected[of_size]) <= bound
 
 
 def test_streams_of_different_priority(seed):
