@@ -98,8 +98,9 @@ class MergeOfUnits {
   __device__ MergeOfUnits(Params const& params, int32_t rank, int32_t count)
       : params_(params), rank_(rank), count_(count) {}
 
+  // Numbers of units and boxes have no sign: dividing them would take several instructions.
   __device__ void write_unit(JoinedParts<1> const& joined, MergeDescriptor const& descriptor,
-                             int32_t unit) {
+                             uint32_t unit) {
     int32_t const row_block = unit / kUnitsPerBlock;
     int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
     uint2 const words = transpose_fragment<DType>(fragment(joined, 0), normalizer(joined.total.x),
@@ -198,7 +199,7 @@ class Merge : MergeOfUnits<Traits> {
     while (log_units < most_log_units && num_units > count_ << log_units) ++log_units;
     int32_t first = rank_ << log_units;
     for (; first < num_units; first += count_ << log_units) {
-      int32_t const unit = first + (warp_ & ((1 << log_units) - 1));
+      uint32_t const unit = first + (warp_ & ((1 << log_units) - 1));
       join(find(unit / kUnitsPerRowTile), unit % kUnitsPerRowTile, log_units);
     }
   }
@@ -206,7 +207,7 @@ class Merge : MergeOfUnits<Traits> {
  private:
   // Warp w of the CTA works on the parts w >> log_units, + num_shares, ... of its unit, if there
   // are so many shares.
-  __device__ void join(SplitRowTile const& split, int32_t unit, int32_t log_units) {
+  __device__ void join(SplitRowTile const& split, uint32_t unit, int32_t log_units) {
     int32_t const share = warp_ >> log_units;
     int32_t const row_block = unit / kUnitsPerBlock;
     int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
@@ -229,7 +230,7 @@ class Merge : MergeOfUnits<Traits> {
   }
 
   // Four units, with all parts; numbered as units are.
-  __device__ void join_box(SplitRowTile const& split, int32_t number_of_box) {
+  __device__ void join_box(SplitRowTile const& split, uint32_t number_of_box) {
     int32_t const box = number_of_box % kCkvBoxes;
     int32_t const row_block = number_of_box / kCkvBoxes;
     MergeDescriptor const& descriptor = split.descriptor;

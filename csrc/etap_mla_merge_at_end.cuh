@@ -68,16 +68,19 @@ __device__ __forceinline__ void merge_split_row_tiles_of_call(
   auto& scratch = *reinterpret_cast<Storage*>(shared.ring);
 #pragma unroll 1
   for (int32_t i = 0; i < 2; ++i) {
-    if (num_parts(i) == 0) continue;
-    SplitRowTile const& split = merge.split_row_tiles[i];
+    // Copies: all that they are asked for comes by one trip to shared memory.
+    SplitRowTile const split = merge.split_row_tiles[i];
+    MergeShares const shares = merge.shares[i];
+    int32_t const parts = split.descriptor.num_parts;
+    if (parts == 0) continue;
 #pragma unroll 1
-    for (int32_t share = merge.shares[i].first; share < merge.shares[i].end; ++share) {
+    for (int32_t share = shares.first; share < shares.end; ++share) {
       if constexpr (kFolded) {
-        FoldMerge<Traits>::join_row_tile(params, scratch, share, num_parts(i), split,
+        FoldMerge<Traits>::join_row_tile(params, scratch, share, parts, split,
                                          shared.fold.lists[i]);
       } else {
-        bool const have_powers = Traits::kHasHalfPartials && merge.shares[i].have_powers;
-        Merge<Traits>(params, scratch, share, num_parts(i), have_powers).join_row_tile(split);
+        bool const have_powers = Traits::kHasHalfPartials && shares.have_powers;
+        Merge<Traits>(params, scratch, share, parts, have_powers).join_row_tile(split);
       }
       sync_math();  // the scratch is used again
     }
