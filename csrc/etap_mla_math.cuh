@@ -336,23 +336,26 @@ class MathWarpgroup : MathBase<Traits> {
     if constexpr (Traits::kFolds) {
       if (__builtin_expect(this->is_folding(), 0)) return this->finish_fold();
     }
-    store_row_sums();
-    sync_math();
     // The high and the low part of P each made a part of O^T; only their sum matters.
     auto const output = [this](int32_t box, int32_t block, int32_t i) {
       return output_[box](block * 4 + i) + output_[box](kElementsPerHalf + block * 4 + i);
     };
     if (segment().is_whole()) {
+      store_row_sums();
+      sync_math();
       write_output(output);
-    } else {
-      // Of batch-invariant calls that fold, all parts are in float32.
-      if (!Traits::kHasHalfPartials || folds<Traits>(params_)) {
-        write_partial(segment().slot, output);
-      } else {
-        this->write_half_partial(segment().slot, output);
-      }
-      if (has_row()) write_row(segment().slot, {last_max(threadIdx.x), row_sum_of_thread()});
+      return;
     }
+    // O^T first: others wait until it is there. Of batch-invariant calls that fold, all parts are
+    // in float32.
+    if (!Traits::kHasHalfPartials || folds<Traits>(params_)) {
+      write_partial(segment().slot, output);
+    } else {
+      this->write_half_partial(segment().slot, output);
+    }
+    store_row_sums();
+    sync_math();
+    if (has_row()) write_row(segment().slot, {last_max(threadIdx.x), row_sum_of_thread()});
   }
 
   RingPosition ring_;         // box 0 of the tile

@@ -27,10 +27,10 @@ constexpr int64_t kPatience = 2'000'000;  // in cycles: 1 ms
 __device__ __forceinline__ MergeShares wait_for_parts(uint32_t& arrivals, SplitRowTile const& split,
                                                       bool has_powers) {
   uint32_t const num_parts = split.descriptor.num_parts;
-  int64_t const begin = clock64();
   cuda::atomic_ref<uint32_t, cuda::thread_scope_device> const counter(arrivals);
   uint32_t const one = 1 + (has_powers ? kOneHasPowers : 0);
   uint32_t state = counter.fetch_add(one, cuda::memory_order_acq_rel) + one;
+  int64_t const begin = clock64();
   bool const is_last = (state & kArrived) == num_parts;
   while ((state & kArrived) != num_parts) {
     state = counter.load(cuda::memory_order_acquire);
