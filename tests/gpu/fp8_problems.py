@@ -13,7 +13,8 @@ from etap_flashinfer import dispatch, quantization
 
 FORMATS = tuple(name for name in dispatch.KV_CACHE_OF_FORMAT if name is not None)
 RMSE_BOUND = 1.5
-SHOWN_RMSE_BOUND = 2.0  # of few rows; 1.66 was measured. The fuzzing bounds each element.
+# Of few rows: 1.66 was measured, and 1.78 with the same arithmetic on the CPU (scripts/TUNING.md).
+SHOWN_RMSE_BOUND = 2.0
 WIDTHS = {"fp8_e4m3": 576, "flashmla_656": 656}
 
 
