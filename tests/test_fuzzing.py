@@ -315,8 +315,8 @@ def test_parts_may_be_fp16_times_a_power_of_two(
             largest = of_part.abs().amax().clamp(min=1e-300)
             is_usual = bool(least <= largest <= end)
             assert not (is_usual and exponent)
-            unit = 1.0 if is_usual else torch.exp2(largest.log2().floor() - 14)
-            out = out + weights_of(part_top, top) * ((of_part / unit).to(dtype).double() * unit)
+            power = 1.0 if is_usual else torch.exp2(largest.log2().floor() - 14)
+            out = out + weights_of(part_top, top) * ((of_part / power).to(dtype).double() * power)
         put_out(given, group, out / total.clamp(min=1e-300))
     found = judge(given)
     assert found.is_mismatch() != is_right

@@ -208,6 +208,7 @@ def exact(
     lost_weight = LOST_WEIGHT[dtype if codes is None else torch.bfloat16]
     change += weights.clamp(max=lost_weight) / divisor
     v = k[..., :HEAD_DIM_CKV].abs()
+    weighed = p @ v
     arithmetic_bound = change @ v
     out = p @ k[..., :HEAD_DIM_CKV]
     cut_square = torch.zeros_like(out[..., 0])
@@ -222,13 +223,14 @@ def exact(
     elif is_flashmla:
         largest = v.amax(1).unflatten(-1, (-1, SCALE_COLUMNS)).amax(-1)
         lost = FLASHMLA_SMALLEST * largest.repeat_interleave(SCALE_COLUMNS, -1)[:, None]
-        storing_bound = FLASHMLA_ROUNDOFF[dtype] * (p @ v) + visible.clamp(min=0) * lost
+        storing_bound = FLASHMLA_ROUNDOFF[dtype] * weighed + visible.clamp(min=0) * lost
     else:
         unit = UNIT_ROUNDOFF[dtype]
         of_weights = torch.where(group.kv_lens <= two_parts_up_to, unit**2, unit)
-        storing_bound = of_weights[:, None, None] * (p @ v)
+        storing_bound = of_weights[:, None, None] * weighed
     if dtype == torch.bfloat16:
-        storing_bound += _error_of_parts(group.kv_lens[:, None, None], p, v)
+        largest = v.amax((1, 2), keepdim=True)
+        storing_bound += _error_of_parts(group.kv_lens[:, None, None], weighed, largest)
     log_total = torch.where(total > 0, divisor.log() + top, -math.inf).squeeze(-1)
     lse_bound = uncertainty / (1 - uncertainty).clamp(min=0.05) + steps * SUM_ROUNDOFF
     return Exact(
@@ -255,11 +257,16 @@ def _score_error(q: torch.Tensor, k: torch.Tensor, is_codes: bool) -> torch.Tens
     return (of_nope + sums_of_pe) * CODES_SCORE_ROUNDOFF + of_pe * CODES_KPE_ROUNDOFF + lost
 
 
-def _error_of_parts(kv_lens: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """How far O may be off because its parts are stored in fp16, ``[requests, rows, columns]``."""
-    largest = kv_lens * v.amax((1, 2), keepdim=True)
+def _error_of_parts(
+    kv_lens: torch.Tensor, weighed: torch.Tensor, largest_value: torch.Tensor
+) -> torch.Tensor:
+    """How far O may be off because its parts are stored in fp16, ``[requests, rows, columns]``.
+
+    ``weighed`` is sum p |V|; the others are of each request.
+    """
+    largest = kv_lens * largest_value
     lost = torch.where(largest >= PARTIAL_LEAST, PARTIAL_LOST, 0.0)
-    error = PARTIAL_ROUNDOFF * (p @ v) + lost + PARTIAL_LOST_OF_LARGEST * largest
+    error = PARTIAL_ROUNDOFF * weighed + lost + PARTIAL_LOST_OF_LARGEST * largest
     return torch.where(kv_lens > TOKEN_TILE, error, 0.0)
 
 

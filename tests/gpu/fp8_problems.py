@@ -82,7 +82,7 @@ def with_codes(
     """The problem with tokens ``[tokens, 576]`` of e4m3 codes, as uint8, in a pool of NaN codes."""
     pool = torch.full((*problem.ckv.shape[:2], 576), 0xFF, dtype=torch.uint8, device="cuda")
     pool[..., ::2] = 0x7F
-    pool.view(-1, 576)[_token_slots(problem)] = codes
+    pool.view(-1, 576)[token_slots(problem)] = codes
     views = pool.view(torch.float8_e4m3fn)
     ckv, kpe = views[..., :512], views[..., 512:]
     if cache_layout == "separate":
@@ -95,7 +95,7 @@ def with_packed_tokens(problem: Problem, packed: torch.Tensor) -> Fp8Problem:
     """The problem with tokens ``[tokens, 656]`` in FlashMLA's layout; the rest of the pool is NaN:
     as e4m3, as fp32 and as bf16."""
     pool = torch.full((*problem.ckv.shape[:2], 656), 0xFF, dtype=torch.uint8, device="cuda")
-    pool.view(-1, 656)[_token_slots(problem)] = packed
+    pool.view(-1, 656)[token_slots(problem)] = packed
     values = quantization.dequantize_flashmla_656(packed, torch.float64)
     return _with_cache(problem, values, pool, None, pool, "flashmla_656", (None, None))
 
@@ -116,7 +116,7 @@ def _with_cache(
     )
 
 
-def _token_slots(problem: Problem) -> torch.Tensor:
+def token_slots(problem: Problem) -> torch.Tensor:
     """Row of the pool, page * page_size + offset, of every token of every request."""
     size = problem.page_size
     starts, pages = problem.kv_indptr.tolist(), problem.kv_indices.long().cpu()
