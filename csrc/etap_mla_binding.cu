@@ -107,10 +107,15 @@ int64_t workspace_bytes(int64_t device) {
   return plan_workspace(prepare_device(device)).total();
 }
 
-// What calls keep of their schedules for the next one.
-int64_t schedule_bytes(int64_t device) {
+// What calls of this variant keep for the next one: schedules, and behind them the places of parts.
+int64_t plan_kept_bytes(int32_t num_ctas) {
+  constexpr int64_t kSlotsOfCta = 2 * kSetsOfPlaces<Traits>;
+  return num_ctas * int64_t(sizeof(KeptSchedule) + kSlotsOfCta * sizeof(PartPlaces<Traits>));
+}
+
+int64_t kept_bytes(int64_t device) {
   tvm::ffi::CUDADeviceGuard const guard(device);
-  return prepare_device(device) * int64_t(sizeof(KeptSchedule));
+  return plan_kept_bytes(prepare_device(device));
 }
 
 int64_t fixed_split_workspace_bytes(int64_t device, int64_t total_queries, int64_t batch,
@@ -206,10 +211,10 @@ T* pointer(TensorView const& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorView q_pe,
-         TensorView ckv, TensorView kpe, TensorView qo_indptr, TensorView kv_indptr,
-         TensorView kv_indices, TensorView kv_len_arr, TensorView out, Optional<TensorView> lse,
-         bool causal, double sm_scale, bool lse_base_e, double ckv_scale, double kpe_scale,
+void run(TensorView workspace, TensorView kept, TensorView q_nope, TensorView q_pe, TensorView ckv,
+         TensorView kpe, TensorView qo_indptr, TensorView kv_indptr, TensorView kv_indices,
+         TensorView kv_len_arr, TensorView out, Optional<TensorView> lse, bool causal,
+         double sm_scale, bool lse_base_e, double ckv_scale, double kpe_scale,
          int64_t fixed_split_tiles) {
   int32_t const device = q_nope.device().device_id;
   tvm::ffi::CUDADeviceGuard const guard(device);
@@ -228,9 +233,9 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
   TVM_FFI_CHECK(workspace.numel() >= plan.total(), ValueError)
       << "float_workspace_buffer has " << workspace.numel() << " bytes; " << plan.total()
       << " are needed" << (is_batch_invariant ? " for the parts that fixed_split_size makes" : "");
-  TVM_FFI_CHECK(schedule.numel() >= num_ctas * int64_t(sizeof(KeptSchedule)), ValueError)
-      << "the buffer of the schedule has " << schedule.numel() << " bytes; "
-      << num_ctas * int64_t(sizeof(KeptSchedule)) << " are needed";
+  TVM_FFI_CHECK(kept.numel() >= plan_kept_bytes(num_ctas), ValueError)
+      << "what calls keep has " << kept.numel() << " bytes; " << plan_kept_bytes(num_ctas)
+      << " are needed";
   TVM_FFI_CHECK(plan.partial_out_bytes / int64_t(sizeof(float)) <= INT32_MAX, ValueError)
       << "with this fixed_split_size the parts' results take " << plan.partial_out_bytes
       << " bytes; at most 8 GiB are allowed";
@@ -300,7 +305,8 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
   params.merge_descriptors =
       reinterpret_cast<MergeDescriptor*>(bytes + plan.partial_out_bytes + plan.partial_ml_bytes);
 
-  params.kept_schedules = pointer<KeptSchedule>(schedule);
+  params.kept_schedules = pointer<KeptSchedule>(kept);
+  params.parts = params.kept_schedules + num_ctas;
   int32_t const schedule_key[kScheduleKeyWords] = {
       kRows | Traits::kEmptyPlaces << 8 | int32_t(kKvCache) << 16,
       num_ctas,
@@ -341,5 +347,5 @@ void run(TensorView workspace, TensorView schedule, TensorView q_nope, TensorVie
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, etap::run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, etap::workspace_bytes);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(schedule_bytes, etap::schedule_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kept_bytes, etap::kept_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fixed_split_workspace_bytes, etap::fixed_split_workspace_bytes);

@@ -189,7 +189,7 @@ class FoldingMath : protected MathOutput<Traits> {
   using Base::begin_output, Base::for_each_of_half, Base::has_row, Base::kElementsPerHalf,
       Base::kRows, Base::last_max, Base::output_, Base::row, Base::row_sum_of_thread, Base::segment,
       Base::shared_, Base::splits_probability, Base::store_row_sums, Base::sum_slot_,
-      Base::tile_number_, Base::total_sum, Base::write_output, Base::write_partial, Base::write_row;
+      Base::tile_number_, Base::total_sum, Base::write_output, Base::write_part, Base::write_row;
   static_assert(Traits::kLongestSplitPRequest <= kBlockLeaves * kTokenTile, "see row_tile_output");
 
   using Base::Base;
@@ -244,7 +244,7 @@ class FoldingMath : protected MathOutput<Traits> {
       write_output(output);
     } else {
       int32_t const slot = segment().slot - 1;
-      write_partial(slot, output);
+      write_part(slot, output);
       if (has_row()) write_row(slot, fold_.row_of_row_tile);
     }
   }
@@ -281,7 +281,7 @@ class FoldingMath : protected MathOutput<Traits> {
 
   template <class Output>
   __device__ void leave_piece(Output const& output, RowStatistics& row) {
-    write_partial(fold_.next_slot, output);
+    write_part(fold_.next_slot, output);
     if (has_row()) write_row(fold_.next_slot, row);
     row = fold_.kNoTokens;
     ++fold_.next_slot;

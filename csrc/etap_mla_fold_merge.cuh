@@ -74,9 +74,10 @@ class FoldMerge : MergeOfUnits<Traits> {
     bool const has_unit = unit < kUnits;
     int32_t const share = warp_ >> log_units, num_shares = kMergeWarps >> log_units;
     Piece<1>* const pieces = shared_.pieces_of_units + unit_of_cta * list.num_pieces;
+    PieceSource const source(params_, unit, lane_);
 #pragma unroll 4
     for (int32_t i = share; has_unit && i < list.num_pieces; i += num_shares) {
-      copy_piece(pieces[i], list.pieces[i].slot, unit);
+      copy_piece(pieces[i], source, list.pieces[i].slot);
     }
     cutlass::arch::cp_async_fence();
     cutlass::arch::cp_async_wait<0>();
@@ -146,13 +147,14 @@ class FoldMerge : MergeOfUnits<Traits> {
   __device__ JoinedParts<kUnitsOfBox> join_box(FoldPieceList const& list, int32_t box) {
     using Parts = JoinedParts<kUnitsOfBox>;
     auto& pieces = shared_.pieces_of_warp[warp_];
+    PieceSource const source(params_, kUnitsOfBox * box, lane_);
     Parts group = Parts::none(), block = Parts::none(), row_tile = Parts::none();
 #pragma unroll 1
     for (int32_t first = 0; first < list.num_pieces; first += kPiecesOfBox) {
       int32_t const count = min(list.num_pieces - first, kPiecesOfBox);
 #pragma unroll 1
       for (int32_t i = 0; i < count; ++i) {
-        copy_piece(pieces[i], list.pieces[first + i].slot, kUnitsOfBox * box);
+        copy_piece(pieces[i], source, list.pieces[first + i].slot);
       }
       cutlass::arch::cp_async_fence();
       cutlass::arch::cp_async_wait<0>();
@@ -172,21 +174,33 @@ class FoldMerge : MergeOfUnits<Traits> {
     return row_tile;
   }
 
-  // Of the units from `unit` on.
+  // Where a lane finds its numbers of the units from `unit` on, in slot 0.
+  struct PieceSource {
+    float const* numbers;
+    float2 const* rows;
+
+    __device__ PieceSource(Params const& params, uint32_t unit, int32_t lane) {
+      int32_t const row_block = unit / Base::kUnitsPerBlock;
+      numbers = params.partial_out +
+                place_in_part<kRowTile>(unit / 4 % kCkvBoxes, row_block, unit % 4, lane);
+      rows = params.partial_ml + row_block * 8 + 2 * lane;
+      // Not put together again for each piece, which would take longer than to ask for it.
+      asm("" : "+l"(numbers), "+l"(rows));
+    }
+  };
+
   template <int kUnitsTogether>
-  __device__ void copy_piece(Piece<kUnitsTogether>& piece, int32_t slot, int32_t unit) const {
+  __device__ void copy_piece(Piece<kUnitsTogether>& piece, PieceSource const& source,
+                             int32_t slot) const {
     using namespace cutlass::arch;
-    int32_t const row_block = unit / Base::kUnitsPerBlock;
-    float const* const source =
-        Partial<kRowTile>(params_, slot)
-            .floats(place_in_partial<kRowTile>(unit / 4 % kCkvBoxes, row_block, unit % 4, lane_));
+    float const* const numbers = source.numbers + int64_t(slot) * (kHeadDimCkv * kRowTile);
 #pragma unroll
     for (int32_t j = 0; j < kUnitsTogether; ++j) {
-      cp_async<16, CacheOperation::Global>(&piece.sum[j][lane_], source + j * 32 * 4);
+      cp_async<16, CacheOperation::Global>(&piece.sum[j][lane_], numbers + j * 32 * 4);
     }
     if (lane_ < 4) {
-      cp_async<16, CacheOperation::Global>(
-          &piece.rows[lane_], params_.partial_ml + slot * kRowTile + row_block * 8 + 2 * lane_);
+      cp_async<16, CacheOperation::Global>(&piece.rows[lane_],
+                                           source.rows + int64_t(slot) * kRowTile);
     }
   }
 

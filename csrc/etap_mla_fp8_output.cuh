@@ -6,8 +6,6 @@
  */
 #pragma once
 
-#include <cfloat>
-
 #include "etap_mla_math_thread.cuh"
 #include "etap_mla_partial.cuh"
 
@@ -39,73 +37,63 @@ __device__ __forceinline__ void write_fp8_output(Params const& params, Segment c
   }
 }
 
-// O^T of a part. The merge expects columns lane / 4 and lane / 4 + 8 of a lane; this one has 2 *
-// (lane / 4) and the next: of its pairs of rows each goes to another lane's place.
+// O^T of a part, as store_part() wants it. The merge expects columns lane / 4 and lane / 4 + 8 of a
+// lane; this one has 2 * (lane / 4) and the next: of its pairs of rows each goes to another lane's
+// place.
 template <class Traits, typename OfBox, typename Scale>
-__device__ __forceinline__ void write_fp8_partial(Params const& params, MergeWork& merge,
-                                                  int32_t slot, MathThread const& thread,
-                                                  OfBox of_box, Scale scale) {
-  int32_t const lane = thread.fresh_lane();
-  int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
-  Partial<Traits::kRowTile> const partial(params, slot);
-  int32_t const first_place =
-      place_in_partial<Traits::kRowTile>(thread.warpgroup, 0, thread.warp, scattered_lane) +
-      lane / 16 * 2;
-  // f(distance from first_place, box, the number there, the next)
-  auto const for_each_pair = [&](auto const& f) {
+struct NumbersOfFp8Part {
+  static constexpr int kChunks = Traits::kRowTile >= 32 ? Traits::Boxes::kCkv : 1;
+  MathThread const& thread;
+  OfBox of_box;
+  Scale scale;
+
+  // f(place, the number there, the next)
+  template <class Function>
+  __device__ __forceinline__ void for_each_pair(int32_t chunk, Function const& f) const {
+    constexpr int32_t kBoxes = Traits::Boxes::kCkv / kChunks;
+    constexpr int kRowTile = Traits::kRowTile;
+    int32_t const lane = thread.fresh_lane();
+    int32_t const scattered_lane = (2 * (lane / 4) % 8) * 4 + lane % 4;
+    int32_t const first_place =
+        place_in_part<kRowTile>(thread.warpgroup, 0, thread.warp, scattered_lane) + lane / 16 * 2;
 #pragma unroll
-    for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
+    for (int32_t box = chunk * kBoxes; box < (chunk + 1) * kBoxes; ++box) {
 #pragma unroll
-      for (int32_t pair = 0; pair < Traits::kRowTile / 4; ++pair) {
-        int32_t const distance =
-            place_in_partial<Traits::kRowTile>(2 * box, pair / 2, 0, 0) + pair % 2 * 16;
+      for (int32_t pair = 0; pair < kRowTile / 4; ++pair) {
+        int32_t const distance = place_in_part<kRowTile>(2 * box, pair / 2, 0, 0) + pair % 2 * 16;
         float const* const rows = &of_box(box)(pair * 2);
-        f(distance, box, rows[0], rows[1]);
+        float const factor = scale(box);
+        f(first_place + distance, rows[0] * factor, rows[1] * factor);
       }
     }
-  };
-  if constexpr (Traits::kHasHalfPartials) {
-    uint32_t* const begin = partial.pairs_of_halves(first_place);
-    auto const store = [&](auto const& scaled) {
-      __half2 largest = {};
-      for_each_pair([&](int32_t distance, int32_t box, float first, float second) {
-        float const factor = scaled(scale(box));
-        uint32_t const numbers = pack<cutlass::half_t>(first * factor, second * factor);
-        largest = larger_magnitudes(largest, numbers);
-        begin[distance / 2] = numbers;
-      });
-      return largest;
-    };
-    auto const for_each_largest = [&](auto const& f) {
-#pragma unroll
-      for (int32_t box = 0; box < Traits::Boxes::kCkv; ++box) {
-        // At least this, so that scale / power is no infinity. What is less is as good as 0.
-        float largest = 0x1p-80f;
-#pragma unroll
-        for (int32_t i = 0; i < Traits::kRowTile / 2; ++i) {
-          float const magnitude = fabsf(of_box(box)(i));
-          if (magnitude < INFINITY) largest = fmaxf(largest, magnitude);
-        }
-        if (scale(box) < INFINITY) f(fminf(largest * scale(box), FLT_MAX));
-      }
-    };
-    store_halves(partial, 4 * thread.warpgroup + thread.warp, merge, store, for_each_largest);
-  } else {
-    float* const begin = partial.floats(first_place);
-    for_each_pair([&](int32_t distance, int32_t box, float first, float second) {
-      *reinterpret_cast<float2*>(begin + distance) =
-          make_float2(first * scale(box), second * scale(box));
-    });
   }
-}
+
+  template <class Function>
+  __device__ __forceinline__ void as_floats(int32_t chunk, Function const& f) const {
+    for_each_pair(chunk, [&](int32_t place, float a, float b) { f(place, make_float2(a, b)); });
+  }
+
+  template <class Function>
+  __device__ __forceinline__ void as_halves(int32_t chunk, Function const& f) const {
+    for_each_pair(chunk,
+                  [&](int32_t place, float a, float b) { f(place, pack<cutlass::half_t>(a, b)); });
+  }
+
+  __device__ __forceinline__ __half2 largest(int32_t chunk) const {
+    __half2 largest = {};
+    as_halves(chunk,
+              [&](int32_t, uint32_t halves) { largest = larger_magnitudes(largest, halves); });
+    return largest;
+  }
+};
 
 // LSE or, of a part, reference and sum.
 template <class Traits>
-__device__ __forceinline__ void write_fp8_statistics(Params const& params, Segment const& segment,
-                                                     int32_t row_of_tile, float reference,
-                                                     float sum) {
+__device__ __forceinline__ void write_fp8_statistics(Params const& params, uint32_t call,
+                                                     Segment const& segment, int32_t row_of_tile,
+                                                     float reference, float sum) {
   if (!segment.is_whole()) {
-    params.partial_ml[segment.slot * Traits::kRowTile + row_of_tile] = make_float2(reference, sum);
+    store_row_of_part<Traits>(params, call, segment.slot, row_of_tile, reference, sum);
   } else if (params.lse != nullptr && row_of_tile < segment.num_rows) {
     params.lse[segment.packed_row + row_of_tile] = log_sum_exp(params, reference, sum);
   }
@@ -115,18 +103,19 @@ __device__ __forceinline__ void write_fp8_statistics(Params const& params, Segme
 // `reference(row)` is what O^T is relative to, and `total_sum(row)` is l. Called by all math
 // threads, each with the accumulators of its own columns.
 template <class Traits, typename OfBox, typename Scale, typename Reference, typename TotalSum>
-__device__ __forceinline__ void write_fp8_segment(Params const& params, MergeWork& merge,
+__device__ __forceinline__ void write_fp8_segment(Params const& params, uint32_t call,
                                                   Segment const& segment, MathThread const& thread,
                                                   OfBox of_box, Scale scale, Reference reference,
                                                   TotalSum total_sum) {
   if (segment.is_whole()) {
     write_fp8_output<Traits>(params, segment, thread, of_box, scale, total_sum);
   } else {
-    write_fp8_partial<Traits>(params, merge, segment.slot, thread, of_box, scale);
+    NumbersOfFp8Part<Traits, OfBox, Scale> const numbers{thread, of_box, scale};
+    store_part<Traits>(params, call, segment.slot, numbers);
   }
   int32_t const row = threadIdx.x;
   if (row < Traits::kRowTile) {
-    write_fp8_statistics<Traits>(params, segment, row, reference(row), total_sum(row));
+    write_fp8_statistics<Traits>(params, call, segment, row, reference(row), total_sum(row));
   }
 }
 

@@ -38,9 +38,7 @@ struct EtapMlaFp8Traits {
   static constexpr int kEmptyPlaces = kRowTile == 64 ? 4 : 2;  // as in EtapMlaTraits
   static constexpr bool kGuessesPages = kRowTile < 64;         // slower, and would spill
   static constexpr bool kPairsRowTiles = false;                // gains 1 %, and would spill
-  static constexpr bool kHasRowsOnM = false;
   static constexpr bool kTilesComeWhole = false;
-  static constexpr bool kHasHalfPartials = has_half_partials<DType>();
   static constexpr bool kFolds = false;  // accumulators leave no registers for it
 
   static constexpr int kCtaThreads = kThreads;
@@ -169,9 +167,7 @@ struct Fp8TileTraits {
   static constexpr int kEmptyPlaces = 2;  // as in EtapMlaTraits
   static constexpr bool kGuessesPages = true;
   static constexpr bool kPairsRowTiles = false;
-  static constexpr bool kHasRowsOnM = false;
   static constexpr bool kTilesComeWhole = false;
-  static constexpr bool kHasHalfPartials = has_half_partials<DType>();
   static constexpr bool kFolds = false;  // accumulators leave no registers for it
 
   static constexpr int kCtaThreads = kThreads;

@@ -6,6 +6,7 @@
  */
 #pragma once
 
+#include "etap_mla_partial.cuh"
 #include "etap_mla_schedule.cuh"
 
 namespace etap {
@@ -67,15 +68,23 @@ __device__ __forceinline__ void keep_cta_work(Params const& params, RawRequest c
   }
 }
 
-// Nobody counts in the arrivals of the next call yet: the calls before have ended. So whatever may
-// have gone wrong in one of them is forgotten.
-__device__ __forceinline__ void begin_call(KeptSchedule& kept, MergeWork& merge) {
+// Nobody comes to merges of the next call yet: the calls before have ended. So whatever may have
+// gone wrong in one of them is forgotten.
+template <class Traits>
+__device__ __forceinline__ void begin_call(Params const& params, MergeWork& merge) {
+  KeptSchedule& kept = params.kept_schedules[blockIdx.x];
   if (threadIdx.x < 2) merge.split_row_tiles[threadIdx.x] = {};
   if (threadIdx.x != kThreads - 1) return;
-  merge.has_powers = false;
+#pragma unroll
+  for (int32_t i = 0; i < 2; ++i) merge.gave_up[i] = merge.others_gave_up[i] = false;
   merge.call = __ldcg(&kept.call);
+  uint2 const used_slots = __ldcg(reinterpret_cast<uint2 const*>(kept.used_slots));
+  merge.slots_used_before = merge.call % 2 == 0 ? used_slots.y : used_slots.x;
   kept.call = merge.call + 1;
-  kept.arrivals[(merge.call + 1) % 2] = 0;
+  if constexpr (kPollsParts<Traits>) {
+    params.kept_schedules[Worker<Traits>(params).cta()].begun = merge.call + 1;
+  }
+  kept.merges[(merge.call + 1) % 2] = kNobody;
 }
 
 // The lists of pieces that the call before kept, with the trip to memory of its work; by the math
@@ -110,7 +119,7 @@ template <class Traits>
 __device__ __forceinline__ bool schedule_cta(Params const& params,
                                              typename Traits::SharedStorage& shared) {
   CtaWork& work = shared.work;
-  begin_call(params.kept_schedules[blockIdx.x], shared.merge);
+  begin_call<Traits>(params, shared.merge);
   KeptFoldLists<Traits> const kept_lists(params);
   RawRequest const own = load_request(params, threadIdx.x);
   bool const is_same = recall_cta_work(params, own, work);

@@ -101,7 +101,12 @@ __global__ void __launch_bounds__(Traits::kCtaThreads, 1)
   cudaTriggerProgrammaticLaunchCompletion();
   GuessedPage const guessed(params, page_index);
   bool const is_same_schedule = schedule_cta<Traits>(params, shared);
-  if (!work.has_segment) return;
+  if (!work.has_segment) {
+    if constexpr (!kPollsParts<Traits>) return;
+    empty_parts_of_next_call<Traits>(params, shared.merge, threadIdx.x, Traits::kCtaThreads);
+    if (threadIdx.x == 0) note_used_slots<Traits>(params, shared.merge, 0);
+    return;
+  }
   help_with_first_queries<Traits>(params, shared);
 
   if (threadIdx.x >= kThreads) {

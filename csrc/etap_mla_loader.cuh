@@ -10,7 +10,9 @@
 #include <cuda/ptx>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "etap_mla_begun.cuh"
 #include "etap_mla_fold_pieces.cuh"
+#include "etap_mla_partial.cuh"
 
 namespace etap {
 
@@ -357,6 +359,23 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   cutlass::arch::cp_async_wait<0>();
 }
 
+// The places of the next call's parts, of this CTA's those that the call before has used.
+template <class Traits>
+__device__ __forceinline__ void empty_parts_of_next_call(Params const& params,
+                                                         MergeWork const& merge, int32_t thread,
+                                                         int32_t threads) {
+  empty_parts(places_of_call<Traits>(params, merge.call + 1) + 2 * blockIdx.x,
+              merge.slots_used_before, thread, threads);
+}
+
+// For the next call but one, by the CTA whose slots they are.
+template <class Traits>
+__device__ __forceinline__ void note_used_slots(Params const& params, MergeWork const& merge,
+                                                uint32_t used_slots) {
+  KeptSchedule& kept = params.kept_schedules[Worker<Traits>(params).cta()];
+  kept.used_slots[merge.call % 2] = used_slots;
+}
+
 // Begins to copy an eighth of a row tile's row, whatever the queries' strides, into the order of
 // the boxes: pe first. Rows that do not exist become zeros.
 template <class Traits>
@@ -418,7 +437,8 @@ __device__ __forceinline__ void help_with_first_queries(Params const& params,
 }
 
 // Two warps. With a row tile's queries goes the segment they belong to, and what the merge has to
-// know of it.
+// know of it. At last, while the math is at its last products and nothing is copied any more, they
+// empty the places of the next call's parts.
 template <class Traits>
 __device__ void load_queries(Params const& params, typename Traits::SharedStorage& shared,
                              CtaWork const& work, bool has_fold_lists) {
@@ -426,6 +446,7 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
   SegmentWalk<Traits> walk(params, work);
   Segment& segment = walk.segment;
   bool has_segment = true;
+  uint32_t used_slots = 0;
   for (uint32_t number = 0;; ++number) {
     if (!has_segment) segment.tile_end = segment.tile_begin;  // the end
     Barrier::wait(&shared.query_empty, number & 1 ^ 1);
@@ -440,6 +461,13 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
     await_queries();
     Barrier::arrive(&shared.query_full);
     if (!has_segment) break;
+    if constexpr (kPollsParts<Traits>) {
+      if (number == 0 && thread == 0) fence_beginning();
+      if (!segment.is_whole() && !is_batch_invariant(params)) {
+        used_slots |= 1 << segment.begins_row_tile;
+        if (thread == 0) look_who_gave_up(params, shared.merge, segment.begins_row_tile);
+      }
+    }
     if constexpr (Traits::kFolds) {
       // The merge sees this behind the barrier of the next segment, or of the end.
       if (folds<Traits>(params) && !has_fold_lists && thread < 32) {
@@ -447,6 +475,14 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
       }
     }
     has_segment = walk.next();
+  }
+  if constexpr (kPollsParts<Traits>) {
+    if (thread == 0) note_used_slots<Traits>(params, shared.merge, used_slots);
+    if (thread < 32 && used_slots != 0) {
+      __syncwarp();
+      cutlass::arch::NamedBarrier::arrive(kMathThreads + 32, kMergeBarrier);
+    }
+    empty_parts_of_next_call<Traits>(params, shared.merge, thread, kQueryLoadThreads);
   }
 }
 

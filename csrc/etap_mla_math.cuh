@@ -32,7 +32,7 @@ class MathWarpgroup : MathBase<Traits> {
       Base::output_, Base::over_warps, Base::params_, Base::row, Base::row_sum_,
       Base::row_sum_of_thread, Base::segment, Base::segment_number_, Base::shared_,
       Base::splits_probability, Base::store_row_sums, Base::thread_, Base::tile_number_,
-      Base::write_output, Base::write_partial, Base::write_row;
+      Base::write_output, Base::write_part, Base::write_row;
   using typename Base::DType, typename Base::SharedStorage;
   using RingPosition = RingPosition<Traits::kRingBoxes>;
   using TileBarrier = etap::RingPosition<Traits::kTileBarriers>;
@@ -346,13 +346,8 @@ class MathWarpgroup : MathBase<Traits> {
       write_output(output);
       return;
     }
-    // O^T first: others wait until it is there. Of batch-invariant calls that fold, all parts are
-    // in float32.
-    if (!Traits::kHasHalfPartials || folds<Traits>(params_)) {
-      write_partial(segment().slot, output);
-    } else {
-      this->write_half_partial(segment().slot, output);
-    }
+    // O^T first: others wait until it is there.
+    write_part(segment().slot, output);
     store_row_sums();
     sync_math();
     if (has_row()) write_row(segment().slot, {last_max(threadIdx.x), row_sum_of_thread()});

@@ -8,7 +8,6 @@
 
 #include "etap_mla_math_segment.cuh"
 #include "etap_mla_math_thread.cuh"
-#include "etap_mla_output.cuh"
 #include "etap_mla_partial.cuh"
 #include "etap_mla_wgmma.cuh"
 
@@ -122,55 +121,59 @@ class MathOutput : protected MathSegment<Traits> {
   }
 
   template <class Output>
-  __device__ void write_partial(int32_t slot, Output const& output) {
-    Partial<kRowTile> const partial(params_, slot);
-    for_each_fragment([&](int32_t place, int32_t box, int32_t block) {
-      auto const value = [&](int32_t i) { return output(box, block, i); };
-      *reinterpret_cast<float4*>(partial.floats(place)) =
-          make_float4(value(0), value(1), value(2), value(3));
-    });
-  }
-
-  template <class Output>
-  __device__ void write_half_partial(int32_t slot, Output const& output) {
-    Partial<kRowTile> const partial(params_, slot);
-    auto const store = [&](auto const& scale) {
-      __half2 largest = {};
-      for_each_fragment([&](int32_t place, int32_t box, int32_t block) {
-        auto const value = [&](int32_t i) { return scale(output(box, block, i)); };
-        uint2 const numbers = make_uint2(pack<cutlass::half_t>(value(0), value(1)),
-                                         pack<cutlass::half_t>(value(2), value(3)));
-        largest = larger_magnitudes(larger_magnitudes(largest, numbers.x), numbers.y);
-        *reinterpret_cast<uint2*>(partial.pairs_of_halves(place)) = numbers;
-      });
-      return largest;
-    };
-    auto const for_each = [&](auto const& f) {
-      for_each_fragment([&](int32_t, int32_t box, int32_t block) {
-#pragma unroll
-        for (int32_t i = 0; i < 4; ++i) f(output(box, block, i));
-      });
-    };
-    store_halves(partial, 4 * thread_.warpgroup + thread_.warp, shared_.merge, store, for_each);
+  __device__ void write_part(int32_t slot, Output const& output) const {
+    store_part<Traits>(params_, shared_.merge.call, slot, NumbersOfPart<Output>{thread_, output});
   }
 
   __device__ void write_row(int32_t slot, RowStatistics const& row) const {
-    params_.partial_ml[slot * kRowTile + threadIdx.x] = make_float2(row.max, row.sum);
+    store_row_of_part<Traits>(params_, shared_.merge.call, slot, threadIdx.x, row.max, row.sum);
   }
 
-  // f(place in a partial result, box, 8-row block) for this thread's fragments.
-  template <class Function>
-  __device__ __forceinline__ void for_each_fragment(Function const& f) const {
+  // This thread's, as store_part() wants them.
+  template <class Output>
+  struct NumbersOfPart {
+    static constexpr int kChunks = kRowTile == 32 ? 2 : 1;
+    MathThread const& thread;
+    Output const& output;
+
+    // f(place, box, 8-row block)
+    template <class Function>
+    __device__ __forceinline__ void for_each_fragment(int32_t chunk, Function const& f) const {
+      constexpr int32_t kBoxes = kBoxesPerWarpgroup / kChunks;
 #pragma unroll
-    for (int32_t box = 0; box < kBoxesPerWarpgroup; ++box) {
+      for (int32_t box = chunk * kBoxes; box < (chunk + 1) * kBoxes; ++box) {
 #pragma unroll
-      for (int32_t block = 0; block < kRowBlocks; ++block) {
-        f(place_in_partial<kRowTile>(2 * box + thread_.warpgroup, block, thread_.warp,
-                                     thread_.lane),
-          box, block);
+        for (int32_t block = 0; block < kRowBlocks; ++block) {
+          int32_t const box_of_tile = 2 * box + thread.warpgroup;
+          f(place_in_part<kRowTile>(box_of_tile, block, thread.warp, thread.lane), box, block);
+        }
       }
     }
-  }
+
+    template <class Function>
+    __device__ __forceinline__ void as_floats(int32_t chunk, Function const& f) const {
+      for_each_fragment(chunk, [&](int32_t place, int32_t box, int32_t block) {
+        f(place, make_float4(output(box, block, 0), output(box, block, 1), output(box, block, 2),
+                             output(box, block, 3)));
+      });
+    }
+
+    template <class Function>
+    __device__ __forceinline__ void as_halves(int32_t chunk, Function const& f) const {
+      for_each_fragment(chunk, [&](int32_t place, int32_t box, int32_t block) {
+        f(place, make_uint2(pack<cutlass::half_t>(output(box, block, 0), output(box, block, 1)),
+                            pack<cutlass::half_t>(output(box, block, 2), output(box, block, 3))));
+      });
+    }
+
+    __device__ __forceinline__ __half2 largest(int32_t chunk) const {
+      __half2 largest = {};
+      as_halves(chunk, [&](int32_t, uint2 halves) {
+        largest = larger_magnitudes(larger_magnitudes(largest, halves.x), halves.y);
+      });
+      return largest;
+    }
+  };
 
   MathThread const thread_;
 

@@ -9,11 +9,12 @@
  * take a unit each or, with warps to spare, share the parts of a unit, each with an M of its own
  * until the shares are added; with more units than warps, a warp takes a box of four side by side.
  *
- * The CTAs that have the parts do it at the end of the attention kernel, each a share of the units
- * (etap_mla_merge_at_end.cuh). In batch-invariant calls, where a CTA has parts of any row tiles, a
- * kernel of its own does (etap_mla_merge_kernel.cuh), and the number of shares, and so the order of
- * all sums, depends on the number of parts alone; where there are more warps than shares, some have
- * nothing to do. Kernels that fold join in yet another order (etap_mla_fold_merge.cuh).
+ * The CTAs that have the parts do it at the end of the attention kernel, each a share of the units,
+ * and look at the parts until they are there (etap_mla_merge_at_end.cuh, etap_mla_partial.cuh). In
+ * batch-invariant calls, where a CTA has parts of any row tiles, a kernel of its own does
+ * (etap_mla_merge_kernel.cuh), and the number of shares, and so the order of all sums, depends on
+ * the number of parts alone; where there are more warps than shares, some have nothing to do.
+ * Kernels that fold join in yet another order (etap_mla_fold_merge.cuh).
  */
 #pragma once
 
@@ -45,20 +46,13 @@ struct JoinedParts {
 
   // Of one that is relative to another maximum.
   __device__ void add_scaled(JoinedParts const& other) {
-    add_scaled(other, [](int32_t) { return 1.f; });
-  }
-
-  // The same, where power(i) is what the other's sum[i] has to be multiplied with.
-  template <class Power>
-  __device__ void add_scaled(JoinedParts const& other, Power const& power) {
     float const f0 = rescale_factor(other.max.x, max.x), f1 = rescale_factor(other.max.y, max.y);
 #pragma unroll
     for (int32_t i = 0; i < kUnits; ++i) {
-      float const p = power(i);
-      sum[i].x += f0 * (other.sum[i].x * p);
-      sum[i].y += f1 * (other.sum[i].y * p);
-      sum[i].z += f0 * (other.sum[i].z * p);
-      sum[i].w += f1 * (other.sum[i].w * p);
+      sum[i].x += f0 * other.sum[i].x;
+      sum[i].y += f1 * other.sum[i].y;
+      sum[i].z += f0 * other.sum[i].z;
+      sum[i].w += f1 * other.sum[i].w;
     }
     total.x += f0 * other.total.x;
     total.y += f1 * other.total.y;
@@ -154,13 +148,13 @@ class MergeOfUnits {
   int32_t const lane_ = threadIdx.x % 32;
 };
 
-template <class Traits>
+// kInPlaces: of parts in the places of a call; else of parts in the workspace.
+template <class Traits, bool kInPlaces>
 class Merge : MergeOfUnits<Traits> {
   using Base = MergeOfUnits<Traits>;
-  using Base::count_, Base::fragment, Base::kRowTile, Base::kUnitsPerBlock, Base::lane_,
-      Base::kUnitsOfBox, Base::params_, Base::rank_, Base::warp_, Base::write_box, Base::write_unit;
-  using typename Base::DType;
-  using Place = FragmentPlace<Traits>;
+  using Base::count_, Base::kRowTile, Base::kUnitsPerBlock, Base::lane_, Base::kUnitsOfBox,
+      Base::params_, Base::rank_, Base::warp_, Base::write_box, Base::write_unit;
+  static constexpr bool kWaits = kInPlaces && kPollsParts<Traits>;
   static constexpr int kPartsInFlight = 8;
   static constexpr int kPartsInFlightOfBox = 4;
   static_assert(kMostFixedParts == kMergeWarps * kPartsInFlight);
@@ -172,10 +166,16 @@ class Merge : MergeOfUnits<Traits> {
     JoinedParts<1> shares[kMergeWarps][32];
   };
 
-  // For CTA `rank` of `count` that share the units. have_powers: false if all are 1.
+  // If this waits for parts: until when on the SM's clock, and where to say that some are missing.
+  struct Patience {
+    int64_t end;
+    bool* gave_up;
+  };
+
+  // For CTA `rank` of `count` that share the units. `first_slot`: of the parts' places.
   __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count,
-                   bool have_powers)
-      : Base(params, rank, count), shared_(shared), have_powers_(have_powers) {}
+                   void const* first_slot, Patience const& patience)
+      : Base(params, rank, count), shared_(shared), first_slot_(first_slot), patience_(patience) {}
 
   // Of one row tile, by the CTAs that have its parts.
   __device__ void join_row_tile(SplitRowTile const& split) {
@@ -212,20 +212,19 @@ class Merge : MergeOfUnits<Traits> {
     int32_t const row_block = unit / kUnitsPerBlock;
     int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
     MergeDescriptor const& descriptor = split.descriptor;
-    int32_t const num_shares = is_batch_invariant(params_)
-                                   ? 1 << log_merge_shares(descriptor.num_parts)
-                                   : kMergeWarps >> log_units;
+    int32_t const num_shares =
+        kInPlaces ? kMergeWarps >> log_units : 1 << log_merge_shares(descriptor.num_parts);
 
     auto joined = JoinedParts<1>::none();
     int32_t const first_part = share < num_shares ? share : descriptor.num_parts;
     for (int32_t part = first_part; part < descriptor.num_parts;
          part += kPartsInFlight * num_shares) {
       join_parts<kPartsInFlight>(joined, descriptor.num_parts, slots_of(split.number), part,
-                                 num_shares, Place(box, row_block, fragment_warp, lane_));
+                                 num_shares, box, row_block, fragment_warp);
     }
     bool const has_other_warps = log_units < 3;
     if (has_other_warps) add_shares(joined, share, num_shares, log_units);
-    if (share == 0) write_unit(joined, descriptor, unit);
+    if (share == 0 && !gave_up()) write_unit(joined, descriptor, unit);
     if (has_other_warps) sync_math();  // the next units use the same shared memory
   }
 
@@ -237,10 +236,13 @@ class Merge : MergeOfUnits<Traits> {
     auto joined = JoinedParts<kUnitsOfBox>::none();
     for (int32_t part = 0; part < descriptor.num_parts; part += kPartsInFlightOfBox) {
       join_parts<kPartsInFlightOfBox>(joined, descriptor.num_parts, slots_of(split.number), part, 1,
-                                      Place(box, row_block, 0, lane_));
+                                      box, row_block, 0);
     }
-    write_box(joined, descriptor, row_block, box);
+    if (!gave_up()) write_box(joined, descriptor, row_block, box);
   }
+
+  // Of this warp and, behind a barrier, of the others of its CTA.
+  __device__ bool gave_up() const { return kWaits && *patience_.gave_up; }
 
   // The parts' slots. Of a row tile that begins in CTA `number`, the beginning lies in that CTA's
   // second slot, every continuation in the first; in batch-invariant calls they follow each other.
@@ -252,24 +254,30 @@ class Merge : MergeOfUnits<Traits> {
   };
 
   __device__ PartSlots slots_of(int32_t number) const {
-    return is_batch_invariant(params_) ? PartSlots{number * params_.most_parts, 1}
-                                       : PartSlots{2 * number, 2};
+    return kInPlaces ? PartSlots{2 * number, 2} : PartSlots{number * params_.most_parts, 1};
   }
 
   // Where a lane finds the same numbers of all parts: in slot 0, from which others are as far away
   // as slots are long.
   template <int kUnits>
   struct PartSource {
-    using Lane = typename PartialFragments<Traits, kUnits>::Lane;
-    static constexpr int32_t kLanesOfSlot =
-        kHeadDimCkv * kRowTile * int32_t(sizeof(float)) / int32_t(sizeof(Lane));
+    using Fragments = etap::Fragments<kUnits, kInPlaces && kHasHalfParts<Traits>>;
+    using Lane = typename Fragments::Lane;
+    static constexpr int64_t kNumbersBytes =
+        kInPlaces ? sizeof(PartPlaces<Traits>) : kHeadDimCkv * kRowTile * sizeof(float);
+    static constexpr int64_t kRowsBytes =
+        kInPlaces ? sizeof(PartPlaces<Traits>) : kRowTile * sizeof(float2);
 
-    Lane const* numbers;
-    float2 const* rows;
+    char const* numbers;
+    char const* rows;
 
-    __device__ PartSource(Params const& params, Place const& place)
-        : numbers(reinterpret_cast<Lane const*>(params.partial_out) + place.place / 4),
-          rows(params.partial_ml + place.row) {
+    // Of the fragment at `place`, and of the rows from `row` on.
+    __device__ PartSource(Params const& params, void const* first_slot, int32_t place, int32_t row)
+        : numbers(static_cast<char const*>(first_slot) + place / 4 * int32_t(sizeof(Lane))),
+          rows((kInPlaces
+                    ? static_cast<char const*>(first_slot) + offsetof(PartPlaces<Traits>, rows)
+                    : reinterpret_cast<char const*>(params.partial_ml)) +
+               row * int32_t(sizeof(float2))) {
       // Not put together again for each part, which would take longer than to load it.
       asm("" : "+l"(numbers), "+l"(rows));
     }
@@ -278,34 +286,43 @@ class Merge : MergeOfUnits<Traits> {
   // As it was loaded.
   template <int kUnits>
   struct Part {
-    PartialFragments<Traits, kUnits> fragments;
-    float2 max, total;
+    typename PartSource<kUnits>::Fragments fragments;
+    uint4 rows;  // maximum and sum of two
 
-    __device__ static Part none() { return {{}, {-INFINITY, -INFINITY}, {}}; }
+    __device__ static Part none() {
+      uint32_t const lowest = __float_as_uint(-INFINITY);
+      return {{}, {lowest, 0, lowest, 0}};
+    }
 
     __device__ void load(PartSource<kUnits> const& source, int32_t slot) {
-      fragments.load(source.numbers + int64_t(slot) * PartSource<kUnits>::kLanesOfSlot);
-      float4 const ml =
-          __ldcg(reinterpret_cast<float4 const*>(source.rows + int64_t(slot) * kRowTile));
-      max = {ml.x, ml.z};
-      total = {ml.y, ml.w};
+      using Source = PartSource<kUnits>;
+      fragments.load(reinterpret_cast<typename Source::Lane const*>(source.numbers +
+                                                                    slot * Source::kNumbersBytes));
+      load_polled(reinterpret_cast<uint4 const*>(source.rows + slot * Source::kRowsBytes), rows);
     }
+
+    __device__ float2 max() const { return {__uint_as_float(rows.x), __uint_as_float(rows.z)}; }
+    __device__ float2 total() const { return {__uint_as_float(rows.y), __uint_as_float(rows.w)}; }
+    __device__ uint32_t largest() const { return ::max(fragments.largest(), largest_word(rows)); }
 
     __device__ JoinedParts<kUnits> joined() const {
       JoinedParts<kUnits> result;
 #pragma unroll
       for (int32_t unit = 0; unit < kUnits; ++unit) result.sum[unit] = fragments.fragment(unit);
-      result.max = max;
-      result.total = total;
+      result.max = max();
+      result.total = total();
       return result;
     }
   };
 
-  // Adds parts first_part, + stride, ..., kInFlight of them or as many as there are.
+  // Adds parts first_part, + stride, ..., kInFlight of them or as many as there are: of their
+  // fragment (box of d_v, 8-row block, warp), or of kUnits from there on.
   template <int kInFlight, int kUnits>
   __device__ void join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
-                             int32_t first_part, int32_t stride, Place const& place) {
-    PartSource<kUnits> const source(params_, place);
+                             int32_t first_part, int32_t stride, int32_t box, int32_t row_block,
+                             int32_t fragment_warp) {
+    int32_t const place = place_in_part<kRowTile>(box, row_block, fragment_warp, lane_);
+    PartSource<kUnits> const source(params_, first_slot_, place, row_block * 8 + 2 * (lane_ % 4));
     Part<kUnits> parts[kInFlight];
     int32_t const first_slot = first_part == 0 ? slots.beginning() : slots.continuation(first_part);
     auto const for_each = [&](auto const& exists, auto const& f) {
@@ -315,32 +332,61 @@ class Merge : MergeOfUnits<Traits> {
         if (exists(part)) f(i, i == 0 ? first_slot : slots.continuation(part));
       }
     };
-    auto const load = [&](int32_t i, int32_t slot) { parts[i].load(source, slot); };
     auto const exists = [&](int32_t part) { return part < num_parts; };
-    // As most are: without a question for each part, and with fewer instructions, all of which
-    // count.
-    if (exists(first_part + (kInFlight - 1) * stride) && !have_powers_) {
-      for_each([](int32_t) { return true; }, load);
-      raise_max(joined, parts);
+    auto const load = [&](int32_t i, int32_t slot) { parts[i].load(source, slot); };
+    bool const are_all = exists(first_part + (kInFlight - 1) * stride);
+    if (!are_all) {
 #pragma unroll
-      for (Part<kUnits> const& part : parts) joined.add_scaled(part.joined());
+      for (Part<kUnits>& part : parts) part = Part<kUnits>::none();
+    }
+    Found found = kNumbers;
+    if constexpr (kWaits) {
+      do {
+        for_each(exists, load);
+        found = look_at(parts);
+      } while (found == kNothing && clock64() < patience_.end);
+      if (found == kNothing) *patience_.gave_up = true;
+    } else {
+      // As most are: without a question for each part, and with fewer instructions, all of which
+      // count. But less than to bring instructions for both cases, where nothing else is waited
+      // for.
+      if (are_all) {
+        for_each([](int32_t) { return true; }, load);
+      } else {
+        for_each(exists, load);
+      }
+      if constexpr (kInPlaces) found = look_at(parts);
+    }
+    raise_max(joined, parts);
+    if (__builtin_expect(found == kPlacesInWorkspace, 0)) {
+      __threadfence();  // these numbers were there before their places said so
+      for_each(exists, [&](int32_t i, int32_t slot) {
+        JoinedParts<kUnits> part = parts[i].joined();
+        auto const* const floats =
+            reinterpret_cast<float4 const*>(floats_of_slot<Traits>(params_, slot) + place);
+#pragma unroll
+        for (int32_t unit = 0; unit < kUnits; ++unit) {
+          if (parts[i].fragments.is_in_workspace(unit)) part.sum[unit] = __ldcg(floats + unit * 32);
+        }
+        joined.add_scaled(part);
+      });
       return;
     }
 #pragma unroll
-    for (Part<kUnits>& part : parts) part = Part<kUnits>::none();
-    for_each(exists, load);
-    Powers<Traits, kUnits> powers[kInFlight] = {};
-    if (have_powers_) {
-      for_each(exists, [&](int32_t i, int32_t slot) {
-        powers[i].load(Partial<kRowTile>(params_, slot), place);
-      });
-    }
-    raise_max(joined, parts);
+    for (Part<kUnits> const& part : parts) joined.add_scaled(part.joined());
+  }
+
+  // In all places that a warp looks at numbers; in some the word that these are in the workspace;
+  // in some nothing yet.
+  enum Found { kNumbers, kPlacesInWorkspace, kNothing };
+
+  template <int kInFlight, int kUnits>
+  __device__ static Found look_at(Part<kUnits> const (&parts)[kInFlight]) {
+    uint32_t largest = 0;
 #pragma unroll
-    for (int32_t i = 0; i < kInFlight; ++i) {
-      joined.add_scaled(parts[i].joined(),
-                        [&](int32_t unit) { return have_powers_ ? powers[i].of(unit) : 1.f; });
-    }
+    for (Part<kUnits> const& part : parts) largest = max(largest, part.largest());
+    if (__all_sync(0xffffffff, largest < kInWorkspace)) return kNumbers;
+    return __all_sync(0xffffffff, largest < kEmpty) ? kPlacesInWorkspace : kNothing;
   }
 
   template <int kInFlight, int kUnits>
@@ -349,7 +395,7 @@ class Merge : MergeOfUnits<Traits> {
     float2 new_max = joined.max;
 #pragma unroll
     for (Part<kUnits> const& part : parts) {
-      new_max = {fmaxf(new_max.x, part.max.x), fmaxf(new_max.y, part.max.y)};
+      new_max = {fmaxf(new_max.x, part.max().x), fmaxf(new_max.y, part.max().y)};
     }
     joined.rescale(new_max);
   }
@@ -367,7 +413,8 @@ class Merge : MergeOfUnits<Traits> {
   }
 
   SharedStorage& shared_;
-  bool const have_powers_;
+  void const* const first_slot_;
+  Patience const patience_;
 };
 
 }  // namespace etap

@@ -1,69 +1,129 @@
 /*
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
- * The merge at the end of the attention kernel, by the CTAs that have the parts: they count who has
- * come, and each joins a share of the units.
+ * The merge at the end of the attention kernel, by the CTAs that have the parts, each a share of
+ * the units: they poll for the parts or count who has come (etap_mla_partial.cuh).
+ *
+ * All CTAs of a grid run at the same time, unless other kernels have some of the SMs; so nobody may
+ * wait for ever. Who polls and finds parts missing for too long says so, and then looks who has
+ * begun, with a fence between; who begins says so, and then looks who gave up, with a fence
+ * between (etap_mla_begun.cuh). So either all have begun, and their parts will come; or who gives
+ * up may leave, for one that has not begun will see it, and will join the units of all. The last
+ * one to begin sees that all have. What two have joined is the same.
  */
 #pragma once
 
-#include <cuda/atomic>
-
+#include "etap_mla_begun.cuh"
 #include "etap_mla_fold_merge.cuh"
 
 namespace etap {
 
-// In a word: CTAs that came to a merge, those of them whose parts have powers, and those that left
-// before all had come.
-constexpr uint32_t kArrived = 0xff;
-constexpr uint32_t kOneHasPowers = kArrived + 1, kHavePowers = kArrived * kOneHasPowers;
-constexpr uint32_t kOneLeft = kOneHasPowers + kHavePowers;
-static_assert(kMostSms <= kArrived);
 constexpr int64_t kPatience = 2'000'000;  // in cycles: 1 ms
 
+// --- Parts that are polled ----------------------------------------------------------------------
+
+// After this, who has not begun yet will see that somebody gave up. Whether all have begun, and so
+// will leave their parts: by a warp.
+__device__ __forceinline__ bool give_up(Params const& params, SplitRowTile const& split,
+                                        uint32_t call) {
+  int32_t const lane = threadIdx.x % 32;
+  if (lane == 0) {
+    AtomicWord(merge_state(params, split, call)).store(kSomeoneGaveUp, cuda::memory_order_relaxed);
+  }
+  __syncwarp();
+  cuda::atomic_thread_fence(cuda::memory_order_seq_cst, cuda::thread_scope_device);
+  bool have_begun = true;
+  for (int32_t part = lane; part < split.descriptor.num_parts; part += 32) {
+    AtomicWord const begun(params.kept_schedules[split.number + part].begun);
+    have_begun = have_begun && begun.load(cuda::memory_order_relaxed) == call + 1;
+  }
+  return __all_sync(0xffffffff, have_begun);
+}
+
+// A CTA's math threads join some units of each row tile that it shares with others; or all of them,
+// if somebody gave up.
+template <class Traits>
+__device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWork& merge,
+                                                   void* scratch) {
+  using PolledMerge = Merge<Traits, true>;
+  auto& shared = *static_cast<typename PolledMerge::SharedStorage*>(scratch);
+  PartPlaces<Traits> const* const slots = places_of_call<Traits>(params, merge.call);
+  int64_t end_of_patience = clock64() + kPatience;
+#pragma unroll 1
+  for (bool waits_on = false;; waits_on = true) {
+#pragma unroll 1
+    for (int32_t i = 0; i < 2; ++i) {
+      // A copy: all that it is asked for comes by one trip to shared memory.
+      SplitRowTile const split = merge.split_row_tiles[i];
+      int32_t const parts = split.descriptor.num_parts;
+      if (parts == 0 || (waits_on && !merge.waits_on[i])) continue;
+      bool const joins_all = merge.others_gave_up[i];
+      int32_t const first = joins_all ? 0 : split.part, end = joins_all ? parts : split.part + 1;
+#pragma unroll 1
+      for (int32_t share = first; share < end; ++share) {
+        PolledMerge(params, shared, share, parts, slots, {end_of_patience, &merge.gave_up[i]})
+            .join_row_tile(split);
+      }
+    }
+    sync_math();
+    if (!merge.gave_up[0] && !merge.gave_up[1]) return;
+    sync_math();  // all have seen it
+    if (threadIdx.x < 32) {
+#pragma unroll 1
+      for (int32_t i = 0; i < 2; ++i) {
+        bool const have_begun =
+            merge.gave_up[i] && give_up(params, merge.split_row_tiles[i], merge.call);
+        __syncwarp();
+        merge.gave_up[i] = false;
+        merge.waits_on[i] = have_begun;
+      }
+    }
+    sync_math();
+    end_of_patience = INT64_MAX;
+  }
+}
+
+// --- Parts that are counted ---------------------------------------------------------------------
+
 // Comes to the merge of a row tile, and waits for the other CTAs that share it; returns whose
-// shares this one does. All CTAs of a grid run at the same time, unless other kernels have some of
-// the SMs; so nobody waits for ever. If a CTA gave up, the last one to come does the shares of all;
-// then nobody can give up any more.
-__device__ __forceinline__ MergeShares wait_for_parts(uint32_t& arrivals, SplitRowTile const& split,
-                                                      bool has_powers) {
+// shares this one does. If a CTA gave up, the last one to come does the shares of all; then nobody
+// can give up any more.
+__device__ __forceinline__ MergeShares wait_for_parts(uint32_t& merge_state,
+                                                      SplitRowTile const& split) {
+  // CTAs that came, and those of them that left before all had come.
+  constexpr uint32_t kArrived = 0xff, kOneLeft = kArrived + 1;
+  static_assert(kMostSms <= kArrived);
   uint32_t const num_parts = split.descriptor.num_parts;
-  cuda::atomic_ref<uint32_t, cuda::thread_scope_device> const counter(arrivals);
-  uint32_t const one = 1 + (has_powers ? kOneHasPowers : 0);
-  uint32_t state = counter.fetch_add(one, cuda::memory_order_acq_rel) + one;
+  AtomicWord const counter(merge_state);
+  uint32_t state = counter.fetch_add(1, cuda::memory_order_acq_rel) + 1 - kNobody;
   int64_t const begin = clock64();
   bool const is_last = (state & kArrived) == num_parts;
   while ((state & kArrived) != num_parts) {
-    state = counter.load(cuda::memory_order_acquire);
+    state = counter.load(cuda::memory_order_acquire) - kNobody;
     if ((state & kArrived) == num_parts || clock64() - begin < kPatience) continue;
-    // Not the counter's own, which would put `state` on the stack.
-    if (atomicCAS(&arrivals, state, state + kOneLeft) == state) return {};
+    // Not the counter's own, which would put what it compares on the stack.
+    uint32_t const seen = state + kNobody;
+    if (atomicCAS(&merge_state, seen, seen + kOneLeft) == seen) return {};
   }
-  bool const have_powers = state & kHavePowers;
-  if (state < kOneLeft) return {split.part, split.part + 1, have_powers};
-  return {0, is_last ? int32_t(num_parts) : 0, have_powers};
+  if (state < kOneLeft) return {split.part, split.part + 1};
+  return {0, is_last ? int32_t(num_parts) : 0};
 }
 
-// A CTA's math threads join the row tiles that it shares with others: some units each, once all
-// parts are there. kFolded: in a batch-invariant call that folds.
+// kFolded: pieces, in calls that fold.
 template <class Traits, bool kFolded>
-__device__ __forceinline__ void merge_split_row_tiles_of_call(
-    Params const& params, typename Traits::SharedStorage& shared) {
+__device__ __forceinline__ void merge_counted_parts(Params const& params,
+                                                    typename Traits::SharedStorage& shared) {
   MergeWork& merge = shared.merge;
-  auto const num_parts = [&merge](int32_t i) {
-    return merge.split_row_tiles[i].descriptor.num_parts;
-  };
-  if (num_parts(0) == 0 && num_parts(1) == 0) return;
   sync_math();  // all have written their parts, and the ring is free
   // By a warp each, for every trip to memory counts.
   int32_t const warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0 && warp < 2 && num_parts(warp) > 0) {
+  if (threadIdx.x % 32 == 0 && warp < 2 && merge.split_row_tiles[warp].descriptor.num_parts > 0) {
     SplitRowTile const& split = merge.split_row_tiles[warp];
-    KeptSchedule& kept = params.kept_schedules[split.number];
-    merge.shares[warp] = wait_for_parts(kept.arrivals[merge.call % 2], split, merge.has_powers);
+    merge.shares[warp] = wait_for_parts(merge_state(params, split, merge.call), split);
   }
   sync_math();
-  using Storage =
-      typename std::conditional_t<kFolded, FoldMerge<Traits>, Merge<Traits>>::SharedStorage;
+  using AnyMerge = std::conditional_t<kFolded, FoldMerge<Traits>, Merge<Traits, true>>;
+  using Storage = typename AnyMerge::SharedStorage;
   static_assert(sizeof(Storage) <= sizeof(shared.ring));
   auto& scratch = *reinterpret_cast<Storage*>(shared.ring);
 #pragma unroll 1
@@ -76,24 +136,36 @@ __device__ __forceinline__ void merge_split_row_tiles_of_call(
 #pragma unroll 1
     for (int32_t share = shares.first; share < shares.end; ++share) {
       if constexpr (kFolded) {
-        FoldMerge<Traits>::join_row_tile(params, scratch, share, parts, split,
-                                         shared.fold.lists[i]);
+        AnyMerge::join_row_tile(params, scratch, share, parts, split, shared.fold.lists[i]);
       } else {
-        bool const have_powers = Traits::kHasHalfPartials && shares.have_powers;
-        Merge<Traits>(params, scratch, share, parts, have_powers).join_row_tile(split);
+        auto const* const places = places_of_call<Traits>(params, merge.call);
+        AnyMerge(params, scratch, share, parts, places, {}).join_row_tile(split);
       }
       sync_math();  // the scratch is used again
     }
   }
 }
 
+// Of the row tiles that this CTA shares with others, if there are any.
 template <class Traits>
 __device__ __forceinline__ void merge_split_row_tiles(Params const& params,
                                                       typename Traits::SharedStorage& shared) {
+  MergeWork& merge = shared.merge;
+  auto const is_split = [&merge](int32_t i) {
+    return merge.split_row_tiles[i].descriptor.num_parts > 0;
+  };
+  if (!is_split(0) && !is_split(1)) return;
   if (!is_batch_invariant(params)) {
-    merge_split_row_tiles_of_call<Traits, false>(params, shared);
+    if constexpr (kPollsParts<Traits>) {
+      // The ring is free, and it is known who gave up.
+      cutlass::arch::NamedBarrier::sync(kMathThreads + 32, kMergeBarrier);
+      static_assert(sizeof(typename Merge<Traits, true>::SharedStorage) <= sizeof(shared.ring));
+      merge_polled_parts<Traits>(params, merge, shared.ring);
+    } else {
+      merge_counted_parts<Traits, false>(params, shared);
+    }
   } else if constexpr (Traits::kFolds) {
-    merge_split_row_tiles_of_call<Traits, true>(params, shared);
+    merge_counted_parts<Traits, true>(params, shared);
   }
 }
 

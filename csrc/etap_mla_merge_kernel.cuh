@@ -79,9 +79,10 @@ class DescriptorSearch {
 template <class Traits>
 __global__ void __launch_bounds__(kMergeThreads, kMergeCtasPerSm)
     etap_mla_merge_kernel(__grid_constant__ Params const params) {
-  constexpr int32_t kUnits = Merge<Traits>::kUnitsPerRowTile;
-  __shared__ typename Merge<Traits>::SharedStorage shared;
-  Merge<Traits> merge(params, shared, blockIdx.x, gridDim.x, Traits::kHasHalfPartials);
+  using MergeOfWorkspace = Merge<Traits, false>;
+  constexpr int32_t kUnits = MergeOfWorkspace::kUnitsPerRowTile;
+  __shared__ typename MergeOfWorkspace::SharedStorage shared;
+  MergeOfWorkspace merge(params, shared, blockIdx.x, gridDim.x, params.partial_out, {});
   DescriptorSearch search(params);
   auto const find = [&search](int32_t i) { return search.find(i); };
 #pragma unroll 1  // so that the rehearsal runs the same instructions

@@ -1,15 +1,19 @@
 /*
  * Copyright (c) 2026 etap-flashinfer authors. SPDX-License-Identifier: Apache-2.0
  *
- * What a CTA leaves in the workspace of a row tile that it shares with others: O^T of its part, in
- * accumulator fragments (16 columns of d_v x 8 rows), four numbers a lane.
+ * What a CTA leaves of a row tile that it shares with others: O^T of its part, in accumulator
+ * fragments (16 columns of d_v x 8 rows), four numbers a lane; of each row the maximum and the sum.
  *
- * Next to a result of bf16 they are fp16: writing and reading them takes longer than what is
- * computed from them, and their error is an eighth of that of rounding the result. A warp stores
- * its numbers as they are before it knows whether fp16 has them all, as it nearly always does; if
- * not, it stores them again, over a power of two of their own, and the CTA says so when it comes to
- * the merge: looking at powers that are all 1 would take as long as fp16 saves. Next to a result of
- * fp16, and where parts are folded, they are float32.
+ * A fence and a word that all is there would take longer than the parts themselves. So who needs
+ * them looks at their places until something stands there: these are empty before. Calls have two
+ * sets of places in turns, and each empties those of the next call, which the call before filled.
+ * Row tiles of 64 have larger parts, and emptying their places takes longer than it spares: these
+ * are counted, and have one set of places.
+ *
+ * Next to a result of bf16 the numbers are fp16: their error is an eighth of that of rounding the
+ * result. Those of a warp's fragments that do not suit fp16 are left in the workspace, in float32,
+ * and a word in their places says so. Next to a result of fp16 they are float32. So they are in
+ * batch-invariant calls, whose parts lie in the workspace, and are counted.
  */
 #pragma once
 
@@ -19,47 +23,94 @@
 
 namespace etap {
 
-// Numbers of a partial result before those of lane `lane` in fragment (box of d_v, 8-row block,
-// warp).
+// Of a result in fp16, parts in fp16 would double the error.
+template <class Traits>
+constexpr bool kHasHalfParts = std::is_same_v<typename Traits::DType, cutlass::bfloat16_t>;
+
+template <class Traits>
+constexpr bool kPollsParts = Traits::kRowTile < 64;
+
+// Words in the places of a part. No instruction makes such numbers: NaN are 0x7fffffff in float32
+// and 0x7fff in fp16.
+constexpr uint32_t kEmpty = 0xffffffff;
+constexpr uint32_t kInWorkspace = 0xfffefffe;  // in fp16; larger than all numbers, but not kEmpty
+
+template <class Traits>
+struct alignas(128) PartPlaces {
+  static constexpr int kNumbersOfWord = kHasHalfParts<Traits> ? 2 : 1;
+  uint32_t numbers[kHeadDimCkv * Traits::kRowTile / kNumbersOfWord];
+  float2 rows[Traits::kRowTile];  // maximum (base 2) and sum
+};
+
+// Those of all CTAs, two slots each.
+template <class Traits>
+constexpr int kSetsOfPlaces = kPollsParts<Traits> ? 2 : 1;
+
+template <class Traits>
+__device__ __forceinline__ PartPlaces<Traits>* places_of_call(Params const& params, uint32_t call) {
+  auto* const places = static_cast<PartPlaces<Traits>*>(params.parts);
+  return kPollsParts<Traits> ? places + call % 2 * 2 * gridDim.x : places;
+}
+
+// Of a CTA's two slots, those of which a bit is set, by `threads` threads.
+template <class Traits>
+__device__ __forceinline__ void empty_parts(PartPlaces<Traits>* slots, uint32_t bits,
+                                            int32_t thread, int32_t threads) {
+  constexpr int32_t kWords = sizeof(PartPlaces<Traits>) / sizeof(uint4);
+#pragma unroll
+  for (int32_t i = 0; i < 2; ++i) {
+    if ((bits >> i & 1) == 0) continue;
+    auto* const words = reinterpret_cast<uint4*>(slots + i);
+#pragma unroll 4
+    for (int32_t word = thread; word < kWords; word += threads) {
+      words[word] = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+    }
+  }
+}
+
+// A number that is NaN whichever way, but no word that means something else.
+__device__ __forceinline__ uint32_t word_of(float number) {
+  return min(__float_as_uint(number), kInWorkspace - 1);
+}
+
+// For others, who may look at it at any time, and by them.
+__device__ __forceinline__ void store_polled(uint32_t* target, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(target), "r"(word) : "memory");
+}
+__device__ __forceinline__ void store_polled(uint32_t* target, uint2 words) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(target), "r"(words.x),
+               "r"(words.y)
+               : "memory");
+}
+__device__ __forceinline__ void load_polled(uint2 const* source, uint2& words) {
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "l"(source)
+               : "memory");
+}
+__device__ __forceinline__ void load_polled(uint4 const* source, uint4& words) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(source)
+               : "memory");
+}
+
+// Number of a part in front of those of lane `lane` in fragment (box of d_v, 8-row block, warp).
 template <int kRowTile>
-__device__ __forceinline__ int32_t place_in_partial(int32_t box, int32_t row_block, int32_t warp,
-                                                    int32_t lane) {
+__device__ __forceinline__ int32_t place_in_part(int32_t box, int32_t row_block, int32_t warp,
+                                                 int32_t lane) {
   int32_t const fragment = (box * (kRowTile / 8) + row_block) * 4 + warp;
   return (fragment * 32 + lane) * 4;
 }
-
-// A slot of the workspace, which has room for float32. Numbers of fp16 take the first half of it,
-// and the powers of the warps that wrote them begin the second.
-template <int kRowTile>
-class Partial {
-  static constexpr int32_t kNumbers = kHeadDimCkv * kRowTile;
-
- public:
-  __device__ __forceinline__ Partial(Params const& params, int32_t slot)
-      : begin_(params.partial_out + slot * kNumbers) {}
-
-  // From a place on.
-  __device__ __forceinline__ float* floats(int32_t place) const { return begin_ + place; }
-  __device__ __forceinline__ uint32_t* pairs_of_halves(int32_t place) const {
-    return reinterpret_cast<uint32_t*>(begin_) + place / 2;
-  }
-
-  __device__ __forceinline__ float* power(int32_t math_warp) const {
-    return begin_ + kNumbers / 2 + math_warp;
-  }
-
- private:
-  float* const begin_;
-};
 
 // The larger magnitude of each half of two words of fp16; NaN do not count.
 __device__ __forceinline__ __half2 larger_magnitudes(__half2 largest, uint32_t numbers) {
   return __hmax2(largest, __habs2(reinterpret_cast<__half2 const&>(numbers)));
 }
 
-// Whether a warp's numbers, of which these are the largest, may be stored as they are. fp16 has
-// those below 2^16; of small ones no more than 2^-25 is lost, which is little beside a largest one
-// of 2^-8 or more.
+// Whether fragments, of whose numbers these are the largest, suit fp16, which has numbers below
+// 2^16; of small ones no more than 2^-25 is lost, which is little beside a largest one of 2^-8 or
+// more.
 __device__ __forceinline__ bool suit_fp16(__half2 largest) {
   constexpr uint32_t kInfinity = 0x7c00, kLeast = (15 - 8) << 10;  // 2^-8
   uint32_t const bits = reinterpret_cast<uint32_t const&>(largest);
@@ -67,111 +118,121 @@ __device__ __forceinline__ bool suit_fp16(__half2 largest) {
   return of_warp - kLeast < kInfinity - kLeast;
 }
 
-// Over this power of two, the largest magnitude of a warp is at least 2^14 and less than 2^15,
-// unless it is next to nothing. Infinities and NaN do not count, and stay what they are.
-// for_each(f) calls f(value) for all that a thread has.
-template <class ForEach>
-__device__ __forceinline__ float find_power(ForEach const& for_each) {
-  float largest = 0.f;
-  for_each([&](float value) {
-    if (fabsf(value) < INFINITY) largest = fmaxf(largest, fabsf(value));
-  });
-  uint32_t const bits = __reduce_max_sync(0xffffffff, __float_as_uint(largest));
-  return __uint_as_float((max(bits >> 23, 15u) - 14) << 23);
-}
-
-// Exactly.
-__device__ __forceinline__ float inverse_of_power(float power) {
-  return __uint_as_float((254u << 23) - __float_as_uint(power));
-}
-
-// Stores what a warp has. store(scale) stores all that a thread has, each number as scale(number),
-// and returns the largest magnitudes that it stored.
-template <int kRowTile, class Store, class ForEach>
-__device__ __forceinline__ void store_halves(Partial<kRowTile> const& partial, int32_t math_warp,
-                                             MergeWork& merge, Store const& store,
-                                             ForEach const& for_each) {
-  float power = 1.f;
-  __half2 const largest = store([](float value) { return value; });
-  if (__builtin_expect(!suit_fp16(largest), 0)) {
-    power = find_power(for_each);
-    float const factor = inverse_of_power(power);
-    store([factor](float value) { return value * factor; });
-    merge.has_powers = true;
-  }
-  if (threadIdx.x % 32 == 0) *partial.power(math_warp) = power;
-}
-
-// Where a lane finds a fragment in every slot, and its power.
+// Numbers of a part in the workspace.
 template <class Traits>
-struct FragmentPlace {
-  int32_t place;
-  int32_t math_warp;
-  int32_t row;  // the first of its two
+__device__ __forceinline__ float* floats_of_slot(Params const& params, int32_t slot) {
+  return params.partial_out + slot * (kHeadDimCkv * Traits::kRowTile);
+}
 
-  __device__ FragmentPlace(int32_t box, int32_t row_block, int32_t warp, int32_t lane)
-      : place(place_in_partial<Traits::kRowTile>(box, row_block, warp, lane)),
-        math_warp(Traits::kHasRowsOnM ? box / kBoxesPerWarpgroup * 4 + row_block / 2
-                                      : box % kMathWarpgroups * 4 + warp),
-        row(row_block * 8 + 2 * (lane % 4)) {}
-};
+// Leaves what a warp has of a part, in Numbers::kChunks of some fragments each: there are not the
+// registers to have all of it in fp16 while it is not known whether fp16 will do. `numbers` gives a
+// chunk with each place in a part of which this thread has some:
+//   numbers.as_floats(chunk, f)   f(place, float4 or float2)
+//   numbers.as_halves(chunk, f)   f(place, uint2 or, of two numbers, uint32_t)
+//   numbers.largest(chunk)        their magnitudes, as fp16
+template <class Traits, class Numbers>
+__device__ __forceinline__ void store_part(Params const& params, uint32_t call, int32_t slot,
+                                           Numbers const& numbers) {
+  float* const floats = floats_of_slot<Traits>(params, slot);
+  auto const store_in_workspace = [&](int32_t chunk) {
+    numbers.as_floats(chunk, [floats](int32_t place, auto const& values) {
+      *reinterpret_cast<std::decay_t<decltype(values)>*>(floats + place) = values;
+    });
+  };
+  uint32_t* const words = places_of_call<Traits>(params, call)[slot].numbers;
+  auto const store = [&](int32_t chunk) {
+    if constexpr (!kHasHalfParts<Traits>) {
+      numbers.as_floats(chunk, [words](int32_t place, auto const& values) {
+        auto const* const floats_of_place = reinterpret_cast<float const*>(&values);
+#pragma unroll
+        for (int32_t i = 0; i < int32_t(sizeof(values) / sizeof(float)); i += 2) {
+          store_polled(words + place + i,
+                       make_uint2(word_of(floats_of_place[i]), word_of(floats_of_place[i + 1])));
+        }
+      });
+    } else {
+      // Nobody may see what does not suit; if parts are counted nobody looks yet.
+      auto const store_halves = [&] {
+        numbers.as_halves(chunk, [words](int32_t place, auto halves) {
+          store_polled(words + place / 2, halves);
+        });
+      };
+      if constexpr (!kPollsParts<Traits>) store_halves();
+      if (__builtin_expect(suit_fp16(numbers.largest(chunk)), 1)) {
+        if constexpr (kPollsParts<Traits>) store_halves();
+        return;
+      }
+      store_in_workspace(chunk);
+      __threadfence();
+      numbers.as_halves(chunk, [words](int32_t place, auto halves) {
+#pragma unroll
+        for (int32_t i = 0; i < int32_t(sizeof(halves) / sizeof(uint32_t)); ++i) {
+          store_polled(words + place / 2 + i, kInWorkspace);
+        }
+      });
+    }
+  };
+  bool const is_in_places = !is_batch_invariant(params);
+#pragma unroll
+  for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
+    if (is_in_places) {
+      store(chunk);
+    } else {
+      store_in_workspace(chunk);
+    }
+  }
+}
 
-// Neighbouring fragments as they lie in memory, so that no load waits for what is made of another.
-// Of each a lane has, in columns d = lane / 4 and d + 8, (d, row), (d, row + 1), (d + 8, row),
+template <class Traits>
+__device__ __forceinline__ void store_row_of_part(Params const& params, uint32_t call, int32_t slot,
+                                                  int32_t row, float max, float sum) {
+  if (!is_batch_invariant(params)) {
+    float2& target = places_of_call<Traits>(params, call)[slot].rows[row];
+    store_polled(reinterpret_cast<uint32_t*>(&target), make_uint2(word_of(max), word_of(sum)));
+  } else {
+    params.partial_ml[slot * Traits::kRowTile + row] = make_float2(max, sum);
+  }
+}
+
+__device__ __forceinline__ uint32_t largest_word(uint2 const& words) {
+  return max(words.x, words.y);
+}
+__device__ __forceinline__ uint32_t largest_word(uint4 const& words) {
+  return max(max(words.x, words.y), max(words.z, words.w));
+}
+
+// What a lane has of neighbouring fragments, as it lies in memory, so that no load waits for what
+// is made of another: in columns d = lane / 4 and d + 8, (d, row), (d, row + 1), (d + 8, row),
 // (d + 8, row + 1).
-template <int kFragments>
-struct FloatFragments {
-  using Lane = float4;
+template <int kFragments, bool kAreHalves>
+struct Fragments {
+  using Lane = std::conditional_t<kAreHalves, uint2, uint4>;
   Lane numbers[kFragments];
 
   __device__ __forceinline__ void load(Lane const* source) {
 #pragma unroll
-    for (int32_t i = 0; i < kFragments; ++i) numbers[i] = __ldcg(source + i * 32);
+    for (int32_t i = 0; i < kFragments; ++i) load_polled(source + i * 32, numbers[i]);
   }
 
-  __device__ __forceinline__ float4 fragment(int32_t i) const { return numbers[i]; }
-};
-
-template <int kFragments>
-struct HalfFragments {
-  using Lane = uint2;
-  Lane numbers[kFragments];
-
-  __device__ __forceinline__ void load(Lane const* source) {
+  __device__ __forceinline__ uint32_t largest() const {
+    uint32_t largest = 0;
 #pragma unroll
-    for (int32_t i = 0; i < kFragments; ++i) numbers[i] = __ldcg(source + i * 32);
+    for (Lane const& words : numbers) largest = max(largest, largest_word(words));
+    return largest;
+  }
+
+  __device__ __forceinline__ bool is_in_workspace(int32_t i) const {
+    return kAreHalves && numbers[i].x == kInWorkspace;
   }
 
   __device__ __forceinline__ float4 fragment(int32_t i) const {
-    float2 const first = unpack<cutlass::half_t>(numbers[i].x);
-    float2 const second = unpack<cutlass::half_t>(numbers[i].y);
-    return {first.x, first.y, second.x, second.y};
-  }
-};
-
-template <class Traits, int kFragments>
-using PartialFragments = std::conditional_t<Traits::kHasHalfPartials, HalfFragments<kFragments>,
-                                            FloatFragments<kFragments>>;
-
-// Of neighbouring fragments, which one warp wrote or four.
-template <class Traits, int kFragments>
-struct Powers {
-  static constexpr int kPowers = Traits::kHasRowsOnM ? 1 : kFragments;
-  cutlass::AlignedArray<float, kPowers> powers;
-
-  __device__ __forceinline__ void load(Partial<Traits::kRowTile> const& partial,
-                                       FragmentPlace<Traits> const& first) {
-    float const* const source = partial.power(first.math_warp);
-    if constexpr (kPowers == 1) {
-      powers[0] = __ldcg(source);
+    if constexpr (kAreHalves) {
+      float2 const first = unpack<cutlass::half_t>(numbers[i].x);
+      float2 const second = unpack<cutlass::half_t>(numbers[i].y);
+      return {first.x, first.y, second.x, second.y};
     } else {
-      static_assert(kPowers == 4, "a box of four");
-      reinterpret_cast<float4&>(powers) = __ldcg(reinterpret_cast<float4 const*>(source));
+      return reinterpret_cast<float4 const&>(numbers[i]);
     }
-  }
-
-  __device__ __forceinline__ float of(int32_t fragment) const {
-    return powers[kPowers == 1 ? 0 : fragment];
   }
 };
 

@@ -225,8 +225,8 @@ class WithScores : protected Base_ {
   // LSE or, of a part, reference and sum.
   __device__ __forceinline__ void write_statistics(int32_t i) const {
     if (!segment().is_whole()) {
-      params_.partial_ml[segment().slot * kRowTile + row(i)] =
-          make_float2(reference_[i], row_sum_[i]);
+      store_row_of_part<Traits>(params_, this->shared_.merge.call, segment().slot, row(i),
+                                reference_[i], row_sum_[i]);
     } else if (params_.lse != nullptr && row(i) < segment().num_rows) {
       params_.lse[segment().packed_row + row(i)] = log_sum_exp(params_, reference_[i], row_sum_[i]);
     }
@@ -326,7 +326,7 @@ class WithOutput : protected Base_ {
     if (segment().is_whole()) {
       write_output(row_sum, half);
     } else {
-      write_partial(segment().slot, half);
+      write_part(half);
     }
   }
 
@@ -355,62 +355,80 @@ class WithOutput : protected Base_ {
     }
   }
 
-  // The merge expects fragments of O^T: two neighbouring rows of one column in a lane. Here
-  // a lane has two neighbouring columns of one row; lanes of neighbouring rows exchange one each.
-  __device__ __forceinline__ void write_partial(int32_t slot, int32_t half) {
-    int32_t thread = threadIdx.x;
-    // So that no place is found before the loop over tiles, where there is no register to keep it.
-    asm volatile("" : "+r"(thread));
-    int32_t const warp = thread / 32 % 4, lane = thread % 32;
-    bool const is_odd = lane / 4 & 1;
-    int32_t const fragment_lane = (2 * (lane % 4) + (is_odd ? 1 : 0)) * 4 + lane / 8;
-    Partial<kRowTile> const partial(params_, slot);
-    // f(place of the fragment, this thread's row, the first of its two blocks of columns)
-    auto const for_each_fragment = [&](auto const& f) {
+  // O of a part, as store_part() wants it. The merge expects fragments of O^T: two neighbouring
+  // rows of one column in a lane. Here a lane has two neighbouring columns of one row; lanes of
+  // neighbouring rows exchange one each.
+  struct NumbersOfPart {
+    static constexpr int kChunks = 4;
+    static constexpr int32_t kBlocks = kOutputBlocks / kChunks;
+    WithOutput& math;
+    int32_t half, warp, lane;
+
+    __device__ __forceinline__ bool is_odd() const { return lane / 4 & 1; }
+
+    // f(place, this thread's row, the first of two blocks of columns)
+    template <class Function>
+    __device__ __forceinline__ void for_each_fragment(int32_t chunk, Function const& f) const {
+      int32_t const fragment_lane = (2 * (lane % 4) + (is_odd() ? 1 : 0)) * 4 + lane / 8;
 #pragma unroll
       for (int32_t i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int32_t j = 0; j < kOutputBlocks / 2; ++j) {
-          f(place_in_partial<kRowTile>(half * kBoxesPerWarpgroup + j / 4, warp * 2 + i, j % 4,
-                                       fragment_lane),
+        for (int32_t j = chunk * kBlocks / 2; j < (chunk + 1) * kBlocks / 2; ++j) {
+          f(place_in_part<kRowTile>(half * kBoxesPerWarpgroup + j / 4, warp * 2 + i, j % 4,
+                                    fragment_lane),
             i, 2 * j);
         }
       }
-    };
-    if constexpr (Traits::kHasHalfPartials) {
-      auto const store = [&](auto const& scale) {
-        __half2 largest = {};
-        auto const exchange = [&](int32_t i, int32_t block) {
-          uint32_t const own =
-              pack<cutlass::half_t>(scale(output(i, block, 0)), scale(output(i, block, 1)));
-          largest = larger_magnitudes(largest, own);
-          uint32_t const received = __shfl_xor_sync(0xffffffff, own, 4);
-          return __byte_perm(own, received, is_odd ? 0x3276 : 0x5410);
-        };
-        for_each_fragment([&](int32_t place, int32_t i, int32_t block) {
-          *reinterpret_cast<uint2*>(partial.pairs_of_halves(place)) =
-              make_uint2(exchange(i, block), exchange(i, block + 1));
-        });
-        return largest;
+    }
+
+    template <class Function>
+    __device__ __forceinline__ void as_floats(int32_t chunk, Function const& f) const {
+      auto const exchange = [this](int32_t i, int32_t block) {
+        float const first = math.output(i, block, 0), second = math.output(i, block, 1);
+        float const kept = is_odd() ? second : first;
+        float const received = __shfl_xor_sync(0xffffffff, is_odd() ? first : second, 4);
+        return is_odd() ? make_float2(received, kept) : make_float2(kept, received);
       };
-      auto const for_each = [&](auto const& f) {
-#pragma unroll
-        for (int32_t j = 0; j < size(output_); ++j) f(output_(j));
-      };
-      store_halves(partial, half * 4 + warp, this->shared_.merge, store, for_each);
-    } else {
-      auto const exchange = [&](int32_t i, int32_t block) {
-        float const first = output(i, block, 0), second = output(i, block, 1);
-        float const kept = is_odd ? second : first;
-        float const received = __shfl_xor_sync(0xffffffff, is_odd ? first : second, 4);
-        return is_odd ? make_float2(received, kept) : make_float2(kept, received);
-      };
-      for_each_fragment([&](int32_t place, int32_t i, int32_t block) {
+      for_each_fragment(chunk, [&](int32_t place, int32_t i, int32_t block) {
         float2 const lower = exchange(i, block), upper = exchange(i, block + 1);
-        *reinterpret_cast<float4*>(partial.floats(place)) =
-            make_float4(lower.x, lower.y, upper.x, upper.y);
+        f(place, make_float4(lower.x, lower.y, upper.x, upper.y));
       });
     }
+
+    template <class Function>
+    __device__ __forceinline__ void as_halves(int32_t chunk, Function const& f) const {
+      auto const exchange = [this](int32_t i, int32_t block) {
+        uint32_t const own = halves(i, block), received = __shfl_xor_sync(0xffffffff, own, 4);
+        return __byte_perm(own, received, is_odd() ? 0x3276 : 0x5410);
+      };
+      for_each_fragment(chunk, [&](int32_t place, int32_t i, int32_t block) {
+        f(place, make_uint2(exchange(i, block), exchange(i, block + 1)));
+      });
+    }
+
+    __device__ __forceinline__ uint32_t halves(int32_t i, int32_t block) const {
+      return pack<cutlass::half_t>(math.output(i, block, 0), math.output(i, block, 1));
+    }
+
+    __device__ __forceinline__ __half2 largest(int32_t chunk) const {
+      __half2 largest = {};
+#pragma unroll
+      for (int32_t i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int32_t block = chunk * kBlocks; block < (chunk + 1) * kBlocks; ++block) {
+          largest = larger_magnitudes(largest, halves(i, block));
+        }
+      }
+      return largest;
+    }
+  };
+
+  __device__ __forceinline__ void write_part(int32_t half) {
+    int32_t thread = threadIdx.x;
+    // So that no place is found before the loop over tiles, where there is no register to keep it.
+    asm volatile("" : "+r"(thread));
+    store_part<Traits>(params_, this->shared_.merge.call, segment().slot,
+                       NumbersOfPart{*this, half, thread / 32 % 4, thread % 32});
   }
 };
 

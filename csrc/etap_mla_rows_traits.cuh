@@ -26,8 +26,6 @@ struct RowsTraits {
   static constexpr bool kPairsRowTiles = true;
   static constexpr bool kFolds = false;  // accumulators leave no registers for it
   static constexpr bool kTilesComeWhole = false;
-  static constexpr bool kHasRowsOnM = true;
-  static constexpr bool kHasHalfPartials = has_half_partials<DType>();
 
   // P in a high and a low part of DType adds nothing to the error of the result, but takes P V
   // twice. Rounding P shows less the more tokens share the weight: longer requests have the high
@@ -102,9 +100,9 @@ struct RowsMlaTraits : RowsTraits<DType_, kKvLoader_> {
   static constexpr int kQueryHelpers = kWarpgroupThreads, kFirstQueryHelper = kThreads;
 
   // Registers a thread, of which all start with the same number.
-  static constexpr int kMathRegisters = 176;
+  static constexpr int kMathRegisters = 168;
   static constexpr int kScoreRegisters = 104;
-  static constexpr int kProducerRegisters = 56;
+  static constexpr int kProducerRegisters = 72;
   static_assert(kMathWarpgroups * kMathRegisters + kScoreRegisters + kProducerRegisters == 4 * 128,
                 "a CTA of 512 threads starts with 128 registers a thread");
 

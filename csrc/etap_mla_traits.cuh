@@ -47,6 +47,8 @@ constexpr int kQueryLoadThreads = 64;
 // Barriers among math threads, in CUTLASS's numbering of user barriers.
 constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
 constexpr uint32_t kMathBarrier = 2;
+// Of the math threads and the warp that looks for them who gave up waiting for their parts.
+constexpr uint32_t kMergeBarrier = 7;
 
 // Of all math threads.
 __device__ __forceinline__ void sync_math() {
@@ -162,11 +164,17 @@ struct alignas(128) KeptSchedule {
   int32_t kv_len[kThreads];
   FoldPieceList fold_lists[2];  // as SharedStorage has them
 
-  // Of calls before: how many, the same in all CTAs. And who has come to the merge of the row tile
-  // that goes on behind this CTA's range, in even and in odd calls.
+  // The number of the call, the same in all CTAs; and of the call behind the one that the CTA with
+  // this one's slots has begun. Then, of the last even and the last odd call: which of the two
+  // slots were used (etap_mla_partial.cuh); and of the merge of the row tile that goes on behind
+  // this CTA's range, kNobody plus those who have come to it, if parts are counted, else kNobody,
+  // or that someone gave up.
   alignas(128) uint32_t call;
-  uint32_t arrivals[2];
+  uint32_t begun;
+  uint32_t used_slots[2];
+  uint32_t merges[2];
 };
+constexpr uint32_t kNobody = 0xffffffff;  // as before the first call
 
 // Sums of each warp, while the schedule is made: tiles, row tiles, longest row tile.
 struct ScheduleScratch {
@@ -198,15 +206,17 @@ struct SplitRowTile {
 // CTAs that do their share of a merge; those before `end` from `first` on.
 struct MergeShares {
   int32_t first, end;
-  bool have_powers;  // whether any part has (etap_mla_partial.cuh)
 };
 
 // What a CTA's threads tell each other of the merge.
 struct MergeWork {
   SplitRowTile split_row_tiles[2];  // one that began in an earlier CTA, one that goes on in a later
-  MergeShares shares[2];            // that this CTA does of them
+  MergeShares shares[2];            // that this CTA does of them, if parts are counted
   uint32_t call;                    // its number
-  bool has_powers;                  // whether a part that this CTA left has
+  uint32_t slots_used_before;       // of this CTA, by the call before
+  // Else, of each of them: whether parts have been missing for too long, whether they were for
+  // another CTA, and whether all that are missing will come.
+  bool gave_up[2], others_gave_up[2], waits_on[2];
 };
 
 struct Params {
@@ -218,7 +228,7 @@ struct Params {
   int32_t num_kv_indices;
   int32_t batch;
   int32_t requests_per_thread;   // ceil(batch / kThreads)
-  KeptSchedule* kept_schedules;  // [num_ctas], zeros before the first call
+  KeptSchedule* kept_schedules;  // [num_ctas], ones in all bits before the first call
   int32_t schedule_key[kScheduleKeyWords];
   int32_t fixed_split_tiles;  // of a part, in batch-invariant calls; 0 in others
   int32_t most_row_tiles;     // FixedSplitBound, in batch-invariant calls that do not fold
@@ -252,13 +262,16 @@ struct Params {
   int64_t out_stride_token, out_stride_head;
   float* lse;  // [total_queries, num_heads], or null
 
-  // Workspace. A CTA leaves at most two partial results: the end of a row tile that began in an
-  // earlier CTA (slot 2c) and the beginning of one that ends in a later CTA (slot 2c + 1). In
-  // batch-invariant calls part p of row tile r has slot r * most_parts + p; in those that fold, CTA
-  // c leaves its pieces in fold_slots slots from c * fold_slots on, of which the last
-  // kFoldSlotsOfBeginning are for beginnings.
-  float* partial_out;  // [slots, 512 * row_tile], or fp16 in the same room (etap_mla_partial.cuh)
-  float2* partial_ml;  // [slots, row_tile]: running maximum (base 2) and sum
+  // A CTA leaves at most two partial results: the end of a row tile that began in an earlier CTA
+  // (slot 2c) and the beginning of one that ends in a later CTA (slot 2c + 1).
+  void* parts;  // [sets of places, slots], each PartPlaces (etap_mla_partial.cuh)
+
+  // Workspace: those of batch-invariant calls, where part p of row tile r has slot r * most_parts +
+  // p; in those that fold, CTA c leaves its pieces in fold_slots slots from c * fold_slots on, of
+  // which the last kFoldSlotsOfBeginning are for beginnings. In others, numbers that do not suit
+  // fp16.
+  float* partial_out;                  // [slots, 512 * row_tile]
+  float2* partial_ml;                  // [slots, row_tile]: running maximum (base 2) and sum
   MergeDescriptor* merge_descriptors;  // [most_row_tiles]
 };
 
@@ -280,13 +293,6 @@ __device__ __forceinline__ int32_t log_row_tiles_together(Params const& params) 
   return Traits::kPairsRowTiles ? params.log_row_tiles_together : 0;
 }
 
-// Whether parts of O are stored in fp16 (etap_mla_partial.cuh). Of a result in fp16 that would
-// double the error.
-template <typename DType>
-constexpr bool has_half_partials() {
-  return std::is_same_v<DType, cutlass::bfloat16_t>;
-}
-
 template <typename DType_, int kRowTile_, KvLoader kKvLoader_>
 struct EtapMlaTraits {
   using DType = DType_;
@@ -302,8 +308,6 @@ struct EtapMlaTraits {
   static constexpr int kEmptyPlaces = kRowTile == 32 ? 2 : 1;
   static constexpr bool kGuessesPages = true;
   static constexpr bool kPairsRowTiles = false;
-  static constexpr bool kHasRowsOnM = false;
-  static constexpr bool kHasHalfPartials = has_half_partials<DType>();
   // Batch-invariant calls: registers for three outputs, the leaf's, the quad's and the block's; the
   // row tile's lies where low parts of P would make theirs.
   static constexpr bool kFolds = kRowTile <= 16;

@@ -1,5 +1,6 @@
 """What a planned call does: checks of its tensors, the variant that serves it, the launch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,21 +22,20 @@ class Executor:
     Attributes
     ----------
     kernels : dict
-        Entry points of the kernel's variants that were used so far.
-    schedule : torch.Tensor or None
-        What the kernel keeps between calls: see :func:`make_schedule`. One for all variants, made
-        with the first of them.
+        Entry points of the kernel's variants that were used so far, which know the workspace and
+        what they keep.
+    kept : dict
+        What each of these variants keeps between calls: see :func:`make_kept_memory`.
     """
 
     def __init__(self, workspace: torch.Tensor) -> None:
         self.kernels: dict[planning.VariantKey, Callable[..., None]] = {}
         self.device = workspace.device
-        self.schedule: torch.Tensor | None = None
+        self.kept: dict[planning.VariantKey, torch.Tensor] = {}
         self._workspace = workspace
-        # Workspace and schedule, and the index tensors of the last launch, are the same for many
+        # Workspace and kept memory, and the index tensors of the last launch, are the same for many
         # calls, so they are converted but once. The kernel learns the stream from the others.
         self._converter: Callable[[torch.Tensor], Any]
-        self._buffer_arguments: tuple[Any, ...] = ()
         self._index: IndexTensors | None = None
         self._index_arguments: tuple[Any, ...] = ()
 
@@ -126,7 +126,6 @@ class Executor:
             self._index = plan.index
         problem = plan.problem
         call.kernel(
-            *self._buffer_arguments,
             *inputs,
             *self._index_arguments,
             out,
@@ -160,42 +159,42 @@ class Executor:
             validation.check_workspace_bytes(
                 self._workspace, module.workspace_bytes(self.device.index)
             )
-            if self.schedule is None:
-                schedule = make_schedule(module.schedule_bytes(self.device.index), self.device)
-                self._converter = jit.argument_converter()
-                self._buffer_arguments = tuple(map(self._converter, (self._workspace, schedule)))
-                self.schedule = schedule
-            kernel = self.kernels[key] = module.run
+            kept = make_kept_memory(module.kept_bytes(self.device.index), self.device)
+            self._converter = jit.argument_converter()
+            buffers = map(self._converter, (self._workspace, kept))
+            kernel = self.kernels[key] = functools.partial(module.run, *buffers)
+            self.kept[key] = kept
         return kernel
 
 
-def make_schedule(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Memory in which the kernel keeps its schedule, for one caller whose calls do not overlap.
+def make_kept_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory for what a variant keeps between calls of one caller, which do not overlap.
 
-    Nobody but the kernel writes it: each CTA takes what it finds there for its own, if it was made
-    from the very numbers of this call. So it is no part of a workspace, which wrappers may share.
+    Nobody but this variant writes it: each CTA takes what it finds there for its own schedule, if
+    it was made from the very numbers of this call, and what stands in a place for a part's result
+    for just that. So it is no part of a workspace, which wrappers may share.
 
     Parameters
     ----------
     num_bytes : int
-        What the module's ``schedule_bytes`` asks for.
+        What the module's ``kept_bytes`` asks for.
     device : torch.device
         Of the kernel.
 
     Returns
     -------
     torch.Tensor
-        Zeros, uint8, shape ``[num_bytes]``.
+        All bits ones, which says that there is nothing; uint8, shape ``[num_bytes]``.
     """
-    schedule = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    kept = torch.full((num_bytes,), 0xFF, dtype=torch.uint8, device=device)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            # The first call may be on another stream, where it could meet half of the zeros behind
+            # The first call may be on another stream, where it could meet half of these bits behind
             # half of what the memory's last owner, perhaps another kernel of ours, left there.
             # A capture allows no waiting, and its replays come after it.
             if not torch.cuda.is_current_stream_capturing():
                 torch.cuda.current_stream().synchronize()
-    return schedule
+    return kept
 
 
 def _checked_call(plan: Plan, layout: validation.Layout, q_nope: torch.Tensor) -> CheckedCall:

@@ -488,7 +488,7 @@ def get_etap_mla_module(variant: EtapMlaVariant) -> Any:
     Returns
     -------
     tvm_ffi.Module
-        With the functions ``run``, ``workspace_bytes``, ``schedule_bytes`` and
+        With the functions ``run``, ``workspace_bytes``, ``kept_bytes`` and
         ``fixed_split_workspace_bytes``; the same object on every call.
 
     Raises

@@ -130,7 +130,7 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
         if self._is_fp8 and not self.skip_prefill:
             row_tiles[None] = dispatch.row_tiles(kv_cache)[-1]  # prefill
         modules = {
-            query_len: jit.get_etap_mla_module(
+            row_tile: jit.get_etap_mla_module(
                 jit.EtapMlaVariant(
                     self.q_data_type,
                     row_tile,
@@ -138,15 +138,17 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
                     kv_cache,
                 )
             )
-            for query_len, row_tile in row_tiles.items()
+            for row_tile in set(row_tiles.values())
         }
         num_bytes = max(module.workspace_bytes(device.index) for module in modules.values())
-        self._etap_workspace = _workspace(device, num_bytes)
-        # Not shared: each backend, a step of a draft too, has lengths of its own.
-        num_bytes = max(module.schedule_bytes(device.index) for module in modules.values())
-        self._schedule = execution.make_schedule(num_bytes, device)
+        workspace = _workspace(device, num_bytes)
+        kernels = {}
+        for row_tile, module in modules.items():
+            # Not shared: each backend, a step of a draft too, has lengths of its own.
+            kept = execution.make_kept_memory(module.kept_bytes(device.index), device)
+            kernels[row_tile] = functools.partial(module.run, workspace, kept)
         self._kernels: dict[int | None, Callable[..., None]] = {
-            query_len: module.run for query_len, module in modules.items()
+            query_len: kernels[row_tile] for query_len, row_tile in row_tiles.items()
         }
 
     # Metadata
@@ -345,8 +347,6 @@ class EtapMLABackend(FlashInferMLAAttnBackend):  # type: ignore[misc]
         out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
         if batch_size and q_nope.shape[0]:
             self._kernels[query_len](
-                self._etap_workspace,
-                self._schedule,
                 q_nope,
                 q_pe,
                 cache[..., :columns],

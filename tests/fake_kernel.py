@@ -14,7 +14,7 @@ import etap_flashinfer
 from etap_flashinfer import dispatch
 
 WORKSPACE_BYTES = 4096
-SCHEDULE_BYTES = 64
+KEPT_BYTES = 64
 META = torch.device("meta")
 
 
@@ -39,7 +39,7 @@ class FakeKernel:
         return SimpleNamespace(
             run=lambda *arguments: self.calls.append((variant, arguments)),
             workspace_bytes=lambda device_index: WORKSPACE_BYTES,
-            schedule_bytes=lambda device_index: SCHEDULE_BYTES,
+            kept_bytes=lambda device_index: KEPT_BYTES,
             fixed_split_workspace_bytes=self._fixed_split_workspace_bytes,
         )
 

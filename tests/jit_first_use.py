@@ -47,7 +47,7 @@ def use(
         os.seteuid(NOBODY)
     try:
         module = jit.get_etap_mla_module(VARIANT)
-        module["run"], module["workspace_bytes"], module["schedule_bytes"]
+        module["run"], module["workspace_bytes"], module["kept_bytes"]
         connection.send("works")
     except jit.EtapJitError as error:
         connection.send(str(error))

@@ -65,7 +65,7 @@ def test_aot_module_loads_without_nvcc_and_flashinfer(nvcc, tmp_path):
         "module = jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
         "assert module is jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
         "module.run, module.workspace_bytes, module.fixed_split_workspace_bytes\n"
-        "module.schedule_bytes\n"
+        "module.kept_bytes\n"
     )
     environment |= {jit.AOT_DIR_ENV: str(tmp_path), "PATH": "", "CUDA_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
@@ -80,7 +80,7 @@ def test_two_processes_compile_and_load_at_the_same_time(nvcc, tmp_path):
         "from etap_flashinfer import jit\n"
         "jit.require_hopper = lambda: None\n"
         "module = jit.get_etap_mla_module(jit.ALL_VARIANTS[0])\n"
-        "module.run, module.workspace_bytes, module.schedule_bytes\n"
+        "module.run, module.workspace_bytes, module.kept_bytes\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]

@@ -126,10 +126,10 @@ class ReferenceModule:
     def workspace_bytes(self, device: int) -> int:
         return 16
 
-    def schedule_bytes(self, device: int) -> int:
+    def kept_bytes(self, device: int) -> int:
         return 16
 
-    def run(self, workspace, schedule, *tensors_and_options) -> None:
+    def run(self, workspace, kept, *tensors_and_options) -> None:
         *tensors, out, lse, causal, sm_scale, lse_base_e = tensors_and_options[:-3]
         assert tensors_and_options[-3:] == (1.0, 1.0, 0)  # scales, no fixed split
         assert (lse, causal, lse_base_e) == (None, False, False)

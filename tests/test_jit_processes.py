@@ -31,7 +31,7 @@ TIMEOUT = 120
 MODULE = """\
 extern "C" int __tvm_ffi_run(void*, void const*, int, void*) { return 0; }
 extern "C" int __tvm_ffi_workspace_bytes(void*, void const*, int, void*) { return 0; }
-extern "C" int __tvm_ffi_schedule_bytes(void*, void const*, int, void*) { return 0; }
+extern "C" int __tvm_ffi_kept_bytes(void*, void const*, int, void*) { return 0; }
 """
 # Notes that it was called, does what a test asks for in between, and compiles MODULE.
 NVCC = """\

@@ -33,11 +33,11 @@ def test_kernel_gets_its_arguments_in_order(kernel: FakeKernel) -> None:
     out, lse = wrapper.run(**inputs, return_lse=True, return_lse_base_on_e=True)
     ((variant, arguments),) = kernel.calls
     assert variant == Variant(torch.bfloat16, 16, "tma")
-    workspace, schedule, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse = arguments[:12]
+    workspace, kept, q_nope, q_pe, ckv, kpe, *index, given_out, given_lse = arguments[:12]
     scalars = list(arguments[12:])
     assert workspace.dtype == torch.uint8
     assert workspace.shape == (fake_kernel.WORKSPACE_BYTES,)
-    assert schedule is wrapper._executor.schedule
+    assert kept is wrapper._executor.kept[torch.bfloat16, 16, "tma", "same"]
     for tensor, name in zip((q_nope, q_pe, ckv, kpe), inputs, strict=True):
         assert tensor is inputs[name]
     for tensor, name in zip(
@@ -120,7 +120,7 @@ def test_a_plan_like_the_last_one_knows_the_total_of_queries(kernel: FakeKernel)
 
 
 def test_what_calls_share_is_converted_once(kernel: FakeKernel) -> None:
-    """Workspace and schedule once for a wrapper, index tensors once for a plan."""
+    """Workspace and kept memory once for a variant, index tensors once for a plan."""
     wrapper = make_wrapper()
     for number in range(3):
         planned = plan_arguments(index_device=META)
@@ -131,7 +131,7 @@ def test_what_calls_share_is_converted_once(kernel: FakeKernel) -> None:
         names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
         for tensor, name in zip(kernel.converted[-4:], names, strict=True):
             assert tensor is planned[name]
-    assert kernel.converted[1] is wrapper._executor.schedule
+    assert kernel.converted[1] is wrapper._executor.kept[torch.bfloat16, 16, "tma", "same"]
 
 
 def test_a_converted_tensor_shares_and_keeps_the_memory() -> None:
@@ -194,31 +194,33 @@ def test_without_lse_the_kernel_gets_none(kernel: FakeKernel) -> None:
     assert kernel.calls[0][1][11] is None
 
 
-def test_a_wrapper_has_one_schedule_buffer(kernel: FakeKernel) -> None:
-    """Zeros at first, given to every call of every plan and variant, and to no other wrapper's."""
+def test_a_variant_of_a_wrapper_has_kept_memory(kernel: FakeKernel) -> None:
+    """Ones at first, given to every call of every plan of the variant, and to no others."""
     wrapper = make_wrapper(device="cpu")
-    assert wrapper._executor.schedule is None
+    assert not wrapper._executor.kept
     wrapper.plan(**plan_arguments())
-    schedule = wrapper._executor.schedule
-    assert schedule.dtype == torch.uint8
-    assert schedule.shape == (fake_kernel.SCHEDULE_BYTES,)
-    assert schedule.device.type == "cpu"
-    assert not schedule.any()
-    schedule.fill_(7)  # as the kernel would
+    (kept,) = wrapper._executor.kept.values()
+    assert kept.dtype == torch.uint8
+    assert kept.shape == (fake_kernel.KEPT_BYTES,)
+    assert kept.device.type == "cpu"
+    assert (kept == 0xFF).all()
+    kept.fill_(7)  # as the kernel would
     for heads in (16, 16, 64):
         wrapper.plan(**plan_arguments(num_heads=heads))
         for _ in range(2):
             wrapper.run(**run_inputs(num_heads=heads, device="cpu"))
     assert len(kernel.loaded) == 2
-    assert all(arguments[1] is schedule for _, arguments in kernel.calls)
-    assert (schedule == 7).all()
+    for variant, arguments in kernel.calls:
+        assert arguments[1] is wrapper._executor.kept[tuple(variant)]
+        assert (arguments[1] is kept) == (variant.row_tile == 16)
+    assert (kept == 7).all()
     other = BatchMLAPagedAttentionWrapper(wrapper._float_workspace_buffer, backend="etap")
     other.plan(**plan_arguments())
     other.run(**run_inputs(device="cpu"))
-    _, (workspace, others_schedule, *_) = kernel.calls[-1]
+    _, (workspace, others_kept, *_) = kernel.calls[-1]
     assert workspace.data_ptr() == wrapper._float_workspace_buffer.data_ptr()
-    assert others_schedule is not schedule
-    assert not others_schedule.any()
+    assert others_kept is not kept
+    assert (others_kept == 0xFF).all()
 
 
 def test_out_and_lse_buffers_reach_the_kernel(kernel: FakeKernel) -> None:

@@ -84,7 +84,7 @@ def launcher(module: Any, inputs: Inputs) -> RunCall:
     """``run(call)`` on the module itself: the package would choose another row tile."""
     device = inputs.queries.device
     workspace = torch.empty(module.workspace_bytes(0), dtype=torch.uint8, device=device)
-    schedule = execution.make_schedule(module.schedule_bytes(0), device)
+    kept = execution.make_kept_memory(module.kept_bytes(0), device)
     out = torch.empty(*inputs.queries.shape[1:3], HEAD_DIM_CKV, dtype=torch.bfloat16, device=device)
     index = (inputs.qo_indptr, inputs.kv_indptr, inputs.kv_indices, inputs.kv_lens)
 
@@ -93,7 +93,7 @@ def launcher(module: Any, inputs: Inputs) -> RunCall:
         tensors = (*split_token(inputs.queries[number]), *split_token(inputs.caches[number]))
         causal, lse_base_e, scales, fixed_split_tiles = False, False, (1.0, 1.0), 0
         scalars = (causal, SM_SCALE, lse_base_e, *scales, fixed_split_tiles)
-        module.run(workspace, schedule, *tensors, *index, out, None, *scalars)
+        module.run(workspace, kept, *tensors, *index, out, None, *scalars)
         return out
 
     return run

@@ -214,6 +214,28 @@ def make_wrapper(device: str = "cuda", **arguments) -> object:
     return etap_flashinfer.BatchMLAPagedAttentionWrapper(workspace, backend="etap", **arguments)
 
 
+def kept_memory(wrapper: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the variant of the last plan keeps: schedules, ``[CTAs, bytes]``, and places of parts,
+    ``[sets of places, bytes]``."""
+    executor, plan = wrapper._executor, wrapper._plan
+    call = plan.checked_call
+    used = executor.kernel(plan, plan.max_query_len or 1) if call is None else call.kernel
+    ((dtype, row_tile, *_), kept), *others = (
+        (key, executor.kept[key]) for key, kernel in executor.kernels.items() if kernel is used
+    )
+    assert not others
+    num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
+    rows, sets = min(row_tile, 64), 1 if row_tile >= 64 else 2
+    part_bytes = rows * (512 * (2 if dtype == torch.bfloat16 else 4) + 8)
+    places_bytes = -(-part_bytes // 128) * 128 * 2 * num_ctas
+    schedules, places = kept.split([kept.numel() - sets * places_bytes, sets * places_bytes])
+    return schedules.view(num_ctas, -1), places.view(sets, -1)
+
+
+def kept_schedules(wrapper: object) -> torch.Tensor:
+    return kept_memory(wrapper)[0]
+
+
 def capture_graph(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """``call`` in a CUDA graph, after a first one on a stream of its own."""
     stream = torch.cuda.Stream()

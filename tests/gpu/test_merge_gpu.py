@@ -18,6 +18,8 @@ from gpu_helpers import (
     LSE_BOUND,
     check,
     exact,
+    kept_memory,
+    kept_schedules,
     make_problem,
     make_wrapper,
     poisoned_outputs,
@@ -68,13 +70,13 @@ def hog(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def has_left(wrapper: object) -> bool:
-    """Whether a CTA left the merge of the last call: the upper half of its count of arrivals."""
-    num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
-    counters = wrapper._executor.schedule.view(num_ctas, -1)[:, -128:].contiguous()
-    calls, even, odd = counters.view(torch.int32)[:, :3].unbind(1)
+    """Whether a CTA gave up in a merge of the last call, and said so."""
+    counters = kept_schedules(wrapper)[:, -128:].contiguous()
+    words = counters.view(torch.int32)
+    calls, even, odd = words[:, 0], words[:, 4], words[:, 5]
     assert (calls == calls[0]).all()
     last = even if calls[0] % 2 == 1 else odd
-    return bool((last >> 16).any())
+    return bool((last != -1).any())
 
 
 # Few parts of long requests, many of one request, requests with parts in two CTAs.
@@ -109,6 +111,40 @@ def test_sms_taken_by_another_kernel(hog, blocks, heads, shape, seed):
     # Nothing is left behind that disturbs the next call.
     for given, wanted in zip(run_once(problem, wrapper), expected, strict=True):
         assert torch.equal(given, wanted)
+
+
+def last_call(wrapper: object) -> int:
+    next_call = kept_schedules(wrapper)[:, -128:].contiguous().view(torch.int32)[:, 0]
+    assert (next_call == next_call[0]).all()
+    return int(next_call[0]) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_places_are_empty_for_the_next_call(heads, dtype, seed):
+    """Whatever calls leave, in whichever order: with schedules that are kept and that are not, with
+    parts, without, and in batch-invariant calls."""
+    shapes = [*SHAPES.values(), ([1] * 400, [300] * 400), ([1] * 132, [64] * 132)]
+    wrapper = make_wrapper()
+    problems = [make_problem(seed, *shape, heads, dtype=dtype) for shape in shapes]
+    expected = [run_once(problem) for problem in problems]
+    chosen = random.Random(seed)
+    filled = 0
+    for number in range(40):
+        k = chosen.randrange(len(problems))
+        if number % 5 == 0:
+            problem = problems[k % len(SHAPES)]
+            wrapper.plan(*problem.plan_arguments(), fixed_split_size=64)
+            wrapper.run(*problem.run_arguments())
+        for _ in range(chosen.choice((1, 1, 2, 3))):
+            found = run_once(problems[k], wrapper)
+            for given, wanted in zip(found, expected[k], strict=True):
+                assert torch.equal(given, wanted), f"call {number}"
+            places = kept_memory(wrapper)[1]
+            call = last_call(wrapper)
+            assert (places[(call + 1) % 2] == 0xFF).all(), f"call {number}"
+            filled += bool((places[call % 2] != 0xFF).any())
+    assert filled > 20
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -148,7 +184,7 @@ def test_columns_of_any_size(exponent, heads, shape, seed):
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 def test_parts_of_any_size(heads, seed):
     """Each fifth of the tokens has values in a fifth of the columns, of sizes that fp16 has and has
-    not; one has none. So some parts are stored as they are, and some over a power of two."""
+    not; one has none. So some parts are stored in fp16, and some in the workspace."""
     length, exponents = 20000, torch.tensor([0.0, 17.0, -9.0, -torch.inf, 3.0])
     problem = make_problem(seed, [1], [length], heads)
     problem.q_nope.zero_()  # kpe alone decides on weights

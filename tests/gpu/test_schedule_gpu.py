@@ -14,6 +14,7 @@ from gpu_helpers import (
     bits,
     capture_graph,
     check,
+    kept_schedules,
     make_problem,
     make_wrapper,
     poisoned_outputs,
@@ -33,8 +34,7 @@ Results = tuple[torch.Tensor, torch.Tensor]
 
 def kept_part(wrapper: object) -> torch.Tensor:
     """What each CTA keeps of a call, as ``[CTAs, bytes]``; not its counters of calls and parts."""
-    num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
-    return wrapper._executor.schedule.view(num_ctas, -1)[:, :-128]
+    return kept_schedules(wrapper)[:, :-128]
 
 
 def assert_same_bits(found: Results, expected: Results, what: str) -> None:
@@ -366,9 +366,9 @@ def test_wrappers_with_one_workspace(seed):
 @pytest.mark.parametrize("heads", [16, 128])
 def test_nothing_is_written_around_the_buffer(heads, seed, monkeypatch):
     guards = Guards(0x7F)
-    make = execution.make_schedule
+    make = execution.make_kept_memory
     monkeypatch.setattr(
-        execution, "make_schedule", lambda *given: guards.around("the schedule", make(*given))
+        execution, "make_kept_memory", lambda *given: guards.around("what is kept", make(*given))
     )
     for batch in (1, 6, 384, 385):
         lengths = ([321, 90, 64, 0] * 97)[:batch]

@@ -129,7 +129,7 @@ class Kernel:
             out[:total] = result
 
         return types.SimpleNamespace(
-            run=run, workspace_bytes=lambda index: 64, schedule_bytes=lambda index: 48
+            run=run, workspace_bytes=lambda index: 64, kept_bytes=lambda index: 48
         )
 
 
