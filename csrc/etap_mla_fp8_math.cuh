@@ -65,7 +65,7 @@ class Fp8MathWarpgroup : MathSegment<Traits> {
   __device__ Fp8MathWarpgroup(Params const& params, SharedStorage& shared)
       : Base(params, shared), scores_(params, shared, thread_) {}
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     while (begin_segment()) {
 #pragma unroll 1
       for (tile_ = segment().tile_begin; tile_ < segment().tile_end; tile_ += kMathWarpgroups) {

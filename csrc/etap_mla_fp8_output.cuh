@@ -42,7 +42,8 @@ __device__ __forceinline__ void write_fp8_output(Params const& params, Segment c
 // place.
 template <class Traits, typename OfBox, typename Scale>
 struct NumbersOfFp8Part {
-  static constexpr int kChunks = Traits::kRowTile >= 32 ? Traits::Boxes::kCkv : 1;
+  static constexpr int kChunks =
+      kHasHalfParts<Traits> && Traits::kRowTile >= 32 ? Traits::Boxes::kCkv : 1;
   MathThread const& thread;
   OfBox of_box;
   Scale scale;

@@ -132,7 +132,7 @@ class MathOutput : protected MathSegment<Traits> {
   // This thread's, as store_part() wants them.
   template <class Output>
   struct NumbersOfPart {
-    static constexpr int kChunks = kRowTile == 32 ? 2 : 1;
+    static constexpr int kChunks = kHasHalfParts<Traits> && kRowTile == 32 ? 2 : 1;
     MathThread const& thread;
     Output const& output;
 
@@ -168,9 +168,8 @@ class MathOutput : protected MathSegment<Traits> {
 
     __device__ __forceinline__ __half2 largest(int32_t chunk) const {
       __half2 largest = {};
-      as_halves(chunk, [&](int32_t, uint2 halves) {
-        largest = larger_magnitudes(larger_magnitudes(largest, halves.x), halves.y);
-      });
+      as_halves(chunk,
+                [&](int32_t, uint2 halves) { largest = larger_magnitudes(largest, halves); });
       return largest;
     }
   };

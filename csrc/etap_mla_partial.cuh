@@ -107,6 +107,9 @@ __device__ __forceinline__ int32_t place_in_part(int32_t box, int32_t row_block,
 __device__ __forceinline__ __half2 larger_magnitudes(__half2 largest, uint32_t numbers) {
   return __hmax2(largest, __habs2(reinterpret_cast<__half2 const&>(numbers)));
 }
+__device__ __forceinline__ __half2 larger_magnitudes(__half2 largest, uint2 numbers) {
+  return larger_magnitudes(larger_magnitudes(largest, numbers.x), numbers.y);
+}
 
 // Whether fragments, of whose numbers these are the largest, suit fp16, which has numbers below
 // 2^16; of small ones no more than 2^-25 is lost, which is little beside a largest one of 2^-8 or
@@ -140,6 +143,16 @@ __device__ __forceinline__ void store_part(Params const& params, uint32_t call, 
     });
   };
   uint32_t* const words = places_of_call<Traits>(params, call)[slot].numbers;
+  auto const refer_to_workspace = [&](int32_t chunk) {
+    store_in_workspace(chunk);
+    __threadfence();
+    numbers.as_halves(chunk, [words](int32_t place, auto halves) {
+#pragma unroll
+      for (int32_t i = 0; i < int32_t(sizeof(halves) / sizeof(uint32_t)); ++i) {
+        store_polled(words + place / 2 + i, kInWorkspace);
+      }
+    });
+  };
   auto const store = [&](int32_t chunk) {
     if constexpr (!kHasHalfParts<Traits>) {
       numbers.as_floats(chunk, [words](int32_t place, auto const& values) {
@@ -150,29 +163,33 @@ __device__ __forceinline__ void store_part(Params const& params, uint32_t call, 
                        make_uint2(word_of(floats_of_place[i]), word_of(floats_of_place[i + 1])));
         }
       });
+    } else if (__builtin_expect(suit_fp16(numbers.largest(chunk)), 1)) {
+      numbers.as_halves(
+          chunk, [words](int32_t place, auto halves) { store_polled(words + place / 2, halves); });
     } else {
-      // Nobody may see what does not suit; if parts are counted nobody looks yet.
-      auto const store_halves = [&] {
-        numbers.as_halves(chunk, [words](int32_t place, auto halves) {
-          store_polled(words + place / 2, halves);
-        });
-      };
-      if constexpr (!kPollsParts<Traits>) store_halves();
-      if (__builtin_expect(suit_fp16(numbers.largest(chunk)), 1)) {
-        if constexpr (kPollsParts<Traits>) store_halves();
-        return;
-      }
-      store_in_workspace(chunk);
-      __threadfence();
-      numbers.as_halves(chunk, [words](int32_t place, auto halves) {
-#pragma unroll
-        for (int32_t i = 0; i < int32_t(sizeof(halves) / sizeof(uint32_t)); ++i) {
-          store_polled(words + place / 2 + i, kInWorkspace);
-        }
-      });
+      refer_to_workspace(chunk);
     }
   };
+  // Where parts are counted, nobody looks at them yet: all numbers are stored, and looked at
+  // meanwhile. (Over a cache of fp8 there are not the registers.)
+  auto const store_to_be_counted = [&] {
+    __half2 largest = {};
+#pragma unroll
+    for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
+      numbers.as_halves(chunk, [words, &largest](int32_t place, auto halves) {
+        *reinterpret_cast<decltype(halves)*>(words + place / 2) = halves;
+        largest = larger_magnitudes(largest, halves);
+      });
+    }
+    if (__builtin_expect(suit_fp16(largest), 1)) return;
+#pragma unroll
+    for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) refer_to_workspace(chunk);
+  };
   bool const is_in_places = !is_batch_invariant(params);
+  if constexpr (kHasHalfParts<Traits> && !kPollsParts<Traits> &&
+                Traits::kKvCache == KvCache::kSame) {
+    if (is_in_places) return store_to_be_counted();
+  }
 #pragma unroll
   for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
     if (is_in_places) {
