@@ -101,13 +101,13 @@ class Kernel:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
-        self.schedules: list[torch.Tensor] = []  # given to them
+        self.kept: list[torch.Tensor] = []  # memory given to them
 
     def load(self, variant):
-        def run(workspace, schedule, *arguments):
-            assert schedule.dtype == torch.uint8
-            assert schedule.shape == (48,)
-            self.schedules.append(schedule)
+        def run(workspace, kept, *arguments):
+            assert kept.dtype == torch.uint8
+            assert kept.shape == (48,)
+            self.kept.append(kept)
             *inputs, out, lse, causal, sm_scale, _ = arguments[:-3]
             assert lse is None
             assert arguments[-3:] == (1.0, 1.0, 0)  # scales, no fixed split
@@ -335,17 +335,17 @@ def test_multi_step_draft_sees_one_token_more_each_step(kit, backend):
         assert len(tables) == 1
 
 
-def test_backends_share_the_workspace_but_no_schedule(kit, backend):
+def test_backends_share_the_workspace_but_no_kept_memory(kit, backend):
     fixture = make_fixture(kit, "DECODE", (61, 62))
     draft = backend.EtapMultiStepDraftBackend(fixture.runner, 1, 4)
-    backends = [fixture.backend, *draft.attn_backends]
-    assert len({each._etap_workspace.data_ptr() for each in backends}) == 1
-    assert len({each._schedule.data_ptr() for each in backends}) == 4
-    assert not any(each._schedule.any() for each in backends)
+    buffers = [each._kernels[1].args for each in (fixture.backend, *draft.attn_backends)]
+    assert len({workspace.data_ptr() for workspace, _ in buffers}) == 1
+    assert len({kept.data_ptr() for _, kept in buffers}) == 4
+    assert all((kept == 0xFF).all() for _, kept in buffers)
     for _ in range(2):
         kit.run_mla_fixture_eager(fixture)
-    assert len(kit.kernel.schedules) == 2
-    assert all(given is fixture.backend._schedule for given in kit.kernel.schedules)
+    assert len(kit.kernel.kept) == 2
+    assert all(given is buffers[0][1] for given in kit.kernel.kept)
 
 
 def test_trees_of_draft_tokens_are_refused(kit, backend, monkeypatch):
