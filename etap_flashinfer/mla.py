@@ -41,7 +41,8 @@ class BatchMLAPagedAttentionWrapper:
     Parameters
     ----------
     float_workspace_buffer : torch.Tensor
-        Contiguous workspace for partial results, 128 MiB recommended. Its device is the wrapper's.
+        Contiguous workspace for partial results that are not kept in memory of the wrapper's own,
+        128 MiB recommended. Its device is the wrapper's.
     use_cuda_graph : bool
         Whether ``plan`` copies the index tensors into the four buffers below, so that a captured
         graph finds them at fixed addresses. The batch size is then that of ``kv_len_arr``.
@@ -179,13 +180,14 @@ class BatchMLAPagedAttentionWrapper:
     ) -> None:
         """Take the index tensors and the shape of the problem for the calls of ``run`` that follow.
 
-        For ETAP nothing is copied from the GPU and no stream is synchronised (but once, by the
-        first plan of a wrapper): the kernel makes its schedule on the GPU from the index tensors as
-        they are when it runs. It keeps the schedule, and takes it again in calls that find the same
-        numbers in them. Index tensors on the wrapper's device are referenced, not copied (copied
-        into the caller's buffers with ``use_cuda_graph``): their elements may change, their memory
-        may not (``resize_``). Those on the CPU are copied to the device, and their values checked.
-        As with FlashInfer, a pinned CPU tensor is copied asynchronously.
+        For ETAP nothing is copied from the GPU and no stream is synchronised (but once for each row
+        tile of a wrapper, which then gets memory of its own): the kernel makes its schedule on the
+        GPU from the index tensors as they are when it runs. It keeps the schedule, and takes it
+        again in calls that find the same numbers in them. Index tensors on the wrapper's device are
+        referenced, not copied (copied into the caller's buffers with ``use_cuda_graph``): their
+        elements may change, their memory may not (``resize_``). Those on the CPU are copied to the
+        device, and their values checked. As with FlashInfer, a pinned CPU tensor is copied
+        asynchronously.
 
         Parameters
         ----------

@@ -299,7 +299,8 @@ def test_weights_rounded_once_are_beyond_the_bound_of_two_parts() -> None:
 def test_parts_may_be_fp16_times_a_power_of_two(
     exponent: int, dtype: torch.dtype, is_right: bool
 ) -> None:
-    """What csrc/etap_mla_partial.cuh does with O of a part; bf16 would be too short for it."""
+    """At least as exact is what csrc/etap_mla_partial.cuh does with O of a part, which it stores in
+    float32 where fp16 alone does not suit; bf16 would be too short for it."""
     least, end = compare.PARTIAL_LEAST, torch.finfo(torch.float16).max
     given = run_plain(
         causal=False, q_lens=(1, 1, 1), kv_lens=(2000, 1000, 0), ckv_exponent=exponent

@@ -83,7 +83,7 @@ def test_scales(scales, seed, record):
 
 @pytest.mark.parametrize("heads", [16, 32, 64])
 def test_parts_of_zeros_beside_a_large_scale(heads, seed):
-    """The largest number of such a part leads to no power of two that a scale has to exceed."""
+    """Such a part does not suit fp16: it is left in float32, where a large scale keeps it zero."""
     scale = 2.0**60
 
     def zero_tail(tokens: torch.Tensor, problem: Problem) -> torch.Tensor:

@@ -69,14 +69,13 @@ def hog(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def has_left(wrapper: object) -> bool:
-    """Whether a CTA gave up in a merge of the last call, and said so."""
-    counters = kept_schedules(wrapper)[:, -128:].contiguous()
-    words = counters.view(torch.int32)
-    calls, even, odd = words[:, 0], words[:, 4], words[:, 5]
-    assert (calls == calls[0]).all()
-    last = even if calls[0] % 2 == 1 else odd
-    return bool((last != -1).any())
+def last_call(wrapper: object) -> tuple[int, torch.Tensor]:
+    """Number of the last call, and what it left of each CTA's merge: -1 if nobody gave up."""
+    words = kept_schedules(wrapper)[:, -128:].contiguous().view(torch.int32)
+    next_calls, merges = words[:, 0], words[:, 4:6]
+    assert (next_calls == next_calls[0]).all()
+    call = int(next_calls[0]) - 1
+    return call, merges[:, call % 2]
 
 
 # Few parts of long requests, many of one request, requests with parts in two CTAs.
@@ -105,18 +104,13 @@ def test_sms_taken_by_another_kernel(hog, blocks, heads, shape, seed):
         wrapper.run(*problem.run_arguments(), out=out, lse=lse, return_lse=True)
         torch.cuda.synchronize()
         if shape == "1 x 20000" and blocks == 131:  # nearly every CTA has a part, and one SM
-            assert has_left(wrapper), "no CTA had to wait so long that it left"
+            _, merges = last_call(wrapper)
+            assert (merges != -1).any(), "no CTA had to wait so long that it left"
         for given, wanted in zip((out, lse), expected, strict=True):
             assert torch.equal(given, wanted), f"attempt {attempt}"
     # Nothing is left behind that disturbs the next call.
     for given, wanted in zip(run_once(problem, wrapper), expected, strict=True):
         assert torch.equal(given, wanted)
-
-
-def last_call(wrapper: object) -> int:
-    next_call = kept_schedules(wrapper)[:, -128:].contiguous().view(torch.int32)[:, 0]
-    assert (next_call == next_call[0]).all()
-    return int(next_call[0]) - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -141,7 +135,7 @@ def test_places_are_empty_for_the_next_call(heads, dtype, seed):
             for given, wanted in zip(found, expected[k], strict=True):
                 assert torch.equal(given, wanted), f"call {number}"
             places = kept_memory(wrapper)[1]
-            call = last_call(wrapper)
+            call, _ = last_call(wrapper)
             assert (places[(call + 1) % 2] == 0xFF).all(), f"call {number}"
             filled += bool((places[call % 2] != 0xFF).any())
     assert filled > 20
