@@ -365,7 +365,7 @@ class Fp8MathWarpgroup : MathSegment<Traits> {
         });
     sync_math();
     write_fp8_segment<Traits>(
-        params_, shared_.merge.call, segment(), thread_,
+        params_, shared_.merge, segment(), thread_,
         [this](int32_t box) -> auto& { return output_[box]; },
         [this](int32_t box) { return output_scale(box); },
         [this](int32_t row) { return shared_.reference[reference_slot_ ^ 1][row]; },

@@ -379,7 +379,7 @@ class Fp8TileMathWarpgroup : MathSegment<Traits> {
 
   __device__ __forceinline__ void write_segment() {
     write_fp8_segment<Traits>(
-        params_, shared_.merge.call, segment(), thread_,
+        params_, shared_.merge, segment(), thread_,
         [this](int32_t box) -> auto& { return sums_.output[box][0]; },
         [this](int32_t) { return params_.ckv_scale; },
         [this](int32_t row) { return TileSums::total_reference(shared_, row); },

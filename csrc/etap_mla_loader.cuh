@@ -437,8 +437,8 @@ __device__ __forceinline__ void help_with_first_queries(Params const& params,
 }
 
 // Two warps. With a row tile's queries goes the segment they belong to, and what the merge has to
-// know of it. At last, while the math is at its last products and nothing is copied any more, they
-// empty the places of the next call's parts.
+// know of it: behind the barrier of the next segment, or of the end. At last, while the math is at
+// its last products and nothing is copied any more, they empty the places of the next call's parts.
 template <class Traits>
 __device__ void load_queries(Params const& params, typename Traits::SharedStorage& shared,
                              CtaWork const& work, bool has_fold_lists) {
@@ -469,7 +469,6 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
       }
     }
     if constexpr (Traits::kFolds) {
-      // The merge sees this behind the barrier of the next segment, or of the end.
       if (folds<Traits>(params) && !has_fold_lists && thread < 32) {
         list_pieces<Traits>(params, shared, segment);
       }
@@ -478,10 +477,6 @@ __device__ void load_queries(Params const& params, typename Traits::SharedStorag
   }
   if constexpr (kPollsParts<Traits>) {
     if (thread == 0) note_used_slots<Traits>(params, shared.merge, used_slots);
-    if (thread < 32 && used_slots != 0) {
-      __syncwarp();
-      cutlass::arch::NamedBarrier::arrive(kMathThreads + 32, kMergeBarrier);
-    }
     empty_parts_of_next_call<Traits>(params, shared.merge, thread, kQueryLoadThreads);
   }
 }

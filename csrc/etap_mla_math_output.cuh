@@ -7,7 +7,6 @@
 #pragma once
 
 #include "etap_mla_math_segment.cuh"
-#include "etap_mla_math_thread.cuh"
 #include "etap_mla_partial.cuh"
 #include "etap_mla_wgmma.cuh"
 
@@ -122,57 +121,14 @@ class MathOutput : protected MathSegment<Traits> {
 
   template <class Output>
   __device__ void write_part(int32_t slot, Output const& output) const {
-    store_part<Traits>(params_, shared_.merge.call, slot, NumbersOfPart<Output>{thread_, output});
+    NumbersOfPart<Traits, Output> const numbers{thread_, output};
+    store_part(PartSlot<Traits>(params_, shared_.merge, slot), numbers);
   }
 
   __device__ void write_row(int32_t slot, RowStatistics const& row) const {
-    store_row_of_part<Traits>(params_, shared_.merge.call, slot, threadIdx.x, row.max, row.sum);
+    PartSlot<Traits> const part(params_, shared_.merge, slot);
+    store_row_of_part(part, threadIdx.x, row.max, row.sum);
   }
-
-  // This thread's, as store_part() wants them.
-  template <class Output>
-  struct NumbersOfPart {
-    static constexpr int kChunks = kHasHalfParts<Traits> && kRowTile == 32 ? 2 : 1;
-    MathThread const& thread;
-    Output const& output;
-
-    // f(place, box, 8-row block)
-    template <class Function>
-    __device__ __forceinline__ void for_each_fragment(int32_t chunk, Function const& f) const {
-      constexpr int32_t kBoxes = kBoxesPerWarpgroup / kChunks;
-#pragma unroll
-      for (int32_t box = chunk * kBoxes; box < (chunk + 1) * kBoxes; ++box) {
-#pragma unroll
-        for (int32_t block = 0; block < kRowBlocks; ++block) {
-          int32_t const box_of_tile = 2 * box + thread.warpgroup;
-          f(place_in_part<kRowTile>(box_of_tile, block, thread.warp, thread.lane), box, block);
-        }
-      }
-    }
-
-    template <class Function>
-    __device__ __forceinline__ void as_floats(int32_t chunk, Function const& f) const {
-      for_each_fragment(chunk, [&](int32_t place, int32_t box, int32_t block) {
-        f(place, make_float4(output(box, block, 0), output(box, block, 1), output(box, block, 2),
-                             output(box, block, 3)));
-      });
-    }
-
-    template <class Function>
-    __device__ __forceinline__ void as_halves(int32_t chunk, Function const& f) const {
-      for_each_fragment(chunk, [&](int32_t place, int32_t box, int32_t block) {
-        f(place, make_uint2(pack<cutlass::half_t>(output(box, block, 0), output(box, block, 1)),
-                            pack<cutlass::half_t>(output(box, block, 2), output(box, block, 3))));
-      });
-    }
-
-    __device__ __forceinline__ __half2 largest(int32_t chunk) const {
-      __half2 largest = {};
-      as_halves(chunk,
-                [&](int32_t, uint2 halves) { largest = larger_magnitudes(largest, halves); });
-      return largest;
-    }
-  };
 
   MathThread const thread_;
 

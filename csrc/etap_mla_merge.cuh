@@ -10,7 +10,7 @@
  * until the shares are added; with more units than warps, a warp takes a box of four side by side.
  *
  * The CTAs that have the parts do it at the end of the attention kernel, each a share of the units,
- * and look at the parts until they are there (etap_mla_merge_at_end.cuh, etap_mla_partial.cuh). In
+ * and look at the parts until they are there, or count them (etap_mla_merge_at_end.cuh). In
  * batch-invariant calls, where a CTA has parts of any row tiles, a kernel of its own does
  * (etap_mla_merge_kernel.cuh), and the number of shares, and so the order of all sums, depends on
  * the number of parts alone; where there are more warps than shares, some have nothing to do.
@@ -102,9 +102,13 @@ class MergeOfUnits {
     int32_t const row = row_block * 8 + lane_ / 4;
     if (row < descriptor.num_rows) {
       DType* const out = output_row<DType>(params_, descriptor.packed_row + row) +
-                         box * kBoxColumns + fragment_warp * 16 + 2 * (lane_ % 4);
-      *reinterpret_cast<uint32_t*>(out) = words.x;
-      *reinterpret_cast<uint32_t*>(out + 8) = words.y;
+                         box * kBoxColumns + fragment_warp * 16;
+      if constexpr (kHasColumnPairs<Traits>) {
+        reinterpret_cast<uint2*>(out)[lane_ % 4] = interleave_columns(words);
+      } else {
+        reinterpret_cast<uint32_t*>(out)[lane_ % 4] = words.x;
+        reinterpret_cast<uint32_t*>(out + 8)[lane_ % 4] = words.y;
+      }
     }
     if (box == 0 && fragment_warp == 0) write_lse(joined, descriptor, row_block);
   }
@@ -113,13 +117,22 @@ class MergeOfUnits {
                             MergeDescriptor const& descriptor, int32_t row_block, int32_t box) {
     int32_t const row = row_block * 8 + lane_ / 4;
     bool const exists = row < descriptor.num_rows;
-    DType* const out = output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0)) +
-                       box * kBoxColumns + lane_ % 4 * 8;
+    DType* const out =
+        output_row<DType>(params_, descriptor.packed_row + (exists ? row : 0)) + box * kBoxColumns;
     float const scale_0 = normalizer(joined.total.x), scale_1 = normalizer(joined.total.y);
+    if constexpr (kHasColumnPairs<Traits>) {
 #pragma unroll
-    for (int32_t unit = 0; unit < kUnitsOfBox; unit += 2) {
-      write_fragments<DType>(fragment(joined, unit), fragment(joined, unit + 1), scale_0, scale_1,
-                             out + unit * 16, exists);
+      for (int32_t unit = 0; unit < kUnitsOfBox; ++unit) {
+        uint2 const words =
+            interleave_columns(transpose_fragment<DType>(fragment(joined, unit), scale_0, scale_1));
+        if (exists) reinterpret_cast<uint2*>(out + unit * 16)[lane_ % 4] = words;
+      }
+    } else {
+#pragma unroll
+      for (int32_t unit = 0; unit < kUnitsOfBox; unit += 2) {
+        write_fragments<DType>(fragment(joined, unit), fragment(joined, unit + 1), scale_0, scale_1,
+                               out + unit * 16 + lane_ % 4 * 8, exists);
+      }
     }
     if (box == 0) write_lse(joined, descriptor, row_block);
   }
@@ -172,10 +185,15 @@ class Merge : MergeOfUnits<Traits> {
     bool* gave_up;
   };
 
-  // For CTA `rank` of `count` that share the units. `first_slot`: of the parts' places.
+  // For CTA `rank` of `count` that share the units. `first_slot`: of the parts' places, which may
+  // refer to the workspace or not.
   __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count,
-                   void const* first_slot, Patience const& patience)
-      : Base(params, rank, count), shared_(shared), first_slot_(first_slot), patience_(patience) {}
+                   void const* first_slot, Patience const& patience, bool may_refer)
+      : Base(params, rank, count),
+        shared_(shared),
+        first_slot_(first_slot),
+        patience_(patience),
+        may_refer_(may_refer) {}
 
   // Of one row tile, by the CTAs that have its parts.
   __device__ void join_row_tile(SplitRowTile const& split) {
@@ -355,7 +373,7 @@ class Merge : MergeOfUnits<Traits> {
       } else {
         for_each(exists, load);
       }
-      if constexpr (kInPlaces) found = look_at(parts);
+      if (__builtin_expect(may_refer_, 0)) found = look_at(parts);
     }
     raise_max(joined, parts);
     if (__builtin_expect(found == kPlacesInWorkspace, 0)) {
@@ -415,6 +433,7 @@ class Merge : MergeOfUnits<Traits> {
   SharedStorage& shared_;
   void const* const first_slot_;
   Patience const patience_;
+  bool const may_refer_;
 };
 
 }  // namespace etap

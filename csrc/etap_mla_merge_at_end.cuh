@@ -18,7 +18,26 @@
 
 namespace etap {
 
-constexpr int64_t kPatience = 2'000'000;  // in cycles: 1 ms
+// In cycles: 1 ms; and 10 s where all have begun, whose parts will come. Unless index tensors
+// change while the kernel runs, which is an error, but must not keep it from ending.
+constexpr int64_t kPatience = 2'000'000;
+constexpr int64_t kLastPatience = 20'000'000'000;
+
+// Calls join(i, split, share) for the shares that a CTA does of the row tiles that it shares with
+// others. shares_of(i, split) gives them.
+template <class SharesOf, class Join>
+__device__ __forceinline__ void for_each_share(MergeWork const& merge, SharesOf const& shares_of,
+                                               Join const& join) {
+#pragma unroll 1
+  for (int32_t i = 0; i < 2; ++i) {
+    // A copy: all that it is asked for comes by one trip to shared memory.
+    SplitRowTile const split = merge.split_row_tiles[i];
+    if (split.descriptor.num_parts == 0) continue;
+    MergeShares const shares = shares_of(i, split);
+#pragma unroll 1
+    for (int32_t share = shares.first; share < shares.end; ++share) join(i, split, share);
+  }
+}
 
 // --- Parts that are polled ----------------------------------------------------------------------
 
@@ -51,22 +70,20 @@ __device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWo
   int64_t end_of_patience = clock64() + kPatience;
 #pragma unroll 1
   for (bool waits_on = false;; waits_on = true) {
-#pragma unroll 1
-    for (int32_t i = 0; i < 2; ++i) {
-      // A copy: all that it is asked for comes by one trip to shared memory.
-      SplitRowTile const split = merge.split_row_tiles[i];
-      int32_t const parts = split.descriptor.num_parts;
-      if (parts == 0 || (waits_on && !merge.waits_on[i])) continue;
-      bool const joins_all = merge.others_gave_up[i];
-      int32_t const first = joins_all ? 0 : split.part, end = joins_all ? parts : split.part + 1;
-#pragma unroll 1
-      for (int32_t share = first; share < end; ++share) {
-        PolledMerge(params, shared, share, parts, slots, {end_of_patience, &merge.gave_up[i]})
-            .join_row_tile(split);
-      }
-    }
+    for_each_share(
+        merge,
+        [&](int32_t i, SplitRowTile const& split) -> MergeShares {
+          if (waits_on && !merge.waits_on[i]) return {};
+          if (merge.others_gave_up[i]) return {0, split.descriptor.num_parts, true};
+          return {split.part, split.part + 1, true};
+        },
+        [&](int32_t i, SplitRowTile const& split, int32_t share) {
+          PolledMerge(params, shared, share, split.descriptor.num_parts, slots,
+                      {end_of_patience, &merge.gave_up[i]}, true)
+              .join_row_tile(split);
+        });
     sync_math();
-    if (!merge.gave_up[0] && !merge.gave_up[1]) return;
+    if (waits_on || (!merge.gave_up[0] && !merge.gave_up[1])) return;
     sync_math();  // all have seen it
     if (threadIdx.x < 32) {
 #pragma unroll 1
@@ -79,7 +96,7 @@ __device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWo
       }
     }
     sync_math();
-    end_of_patience = INT64_MAX;
+    end_of_patience = clock64() + kLastPatience;
   }
 }
 
@@ -89,13 +106,15 @@ __device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWo
 // shares this one does. If a CTA gave up, the last one to come does the shares of all; then nobody
 // can give up any more.
 __device__ __forceinline__ MergeShares wait_for_parts(uint32_t& merge_state,
-                                                      SplitRowTile const& split) {
-  // CTAs that came, and those of them that left before all had come.
-  constexpr uint32_t kArrived = 0xff, kOneLeft = kArrived + 1;
+                                                      SplitRowTile const& split,
+                                                      bool refers_to_workspace) {
+  // CTAs that came, those of them that left before all had come, and those that refer.
+  constexpr uint32_t kArrived = 0xff, kOneLeft = kArrived + 1, kOneRefers = kOneLeft << 8;
   static_assert(kMostSms <= kArrived);
   uint32_t const num_parts = split.descriptor.num_parts;
   AtomicWord const counter(merge_state);
-  uint32_t state = counter.fetch_add(1, cuda::memory_order_acq_rel) + 1 - kNobody;
+  uint32_t const own = refers_to_workspace ? kOneRefers + 1 : 1;
+  uint32_t state = counter.fetch_add(own, cuda::memory_order_acq_rel) + own - kNobody;
   int64_t const begin = clock64();
   bool const is_last = (state & kArrived) == num_parts;
   while ((state & kArrived) != num_parts) {
@@ -105,8 +124,9 @@ __device__ __forceinline__ MergeShares wait_for_parts(uint32_t& merge_state,
     uint32_t const seen = state + kNobody;
     if (atomicCAS(&merge_state, seen, seen + kOneLeft) == seen) return {};
   }
-  if (state < kOneLeft) return {split.part, split.part + 1};
-  return {0, is_last ? int32_t(num_parts) : 0};
+  bool const refer = state >= kOneRefers;
+  if (state % kOneRefers < kOneLeft) return {split.part, split.part + 1, refer};
+  return {0, is_last ? int32_t(num_parts) : 0, refer};
 }
 
 // kFolded: pieces, in calls that fold.
@@ -119,31 +139,27 @@ __device__ __forceinline__ void merge_counted_parts(Params const& params,
   int32_t const warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0 && warp < 2 && merge.split_row_tiles[warp].descriptor.num_parts > 0) {
     SplitRowTile const& split = merge.split_row_tiles[warp];
-    merge.shares[warp] = wait_for_parts(merge_state(params, split, merge.call), split);
+    merge.shares[warp] =
+        wait_for_parts(merge_state(params, split, merge.call), split, merge.refers_to_workspace);
   }
   sync_math();
   using AnyMerge = std::conditional_t<kFolded, FoldMerge<Traits>, Merge<Traits, true>>;
   using Storage = typename AnyMerge::SharedStorage;
   static_assert(sizeof(Storage) <= sizeof(shared.ring));
   auto& scratch = *reinterpret_cast<Storage*>(shared.ring);
-#pragma unroll 1
-  for (int32_t i = 0; i < 2; ++i) {
-    // Copies: all that they are asked for comes by one trip to shared memory.
-    SplitRowTile const split = merge.split_row_tiles[i];
-    MergeShares const shares = merge.shares[i];
-    int32_t const parts = split.descriptor.num_parts;
-    if (parts == 0) continue;
-#pragma unroll 1
-    for (int32_t share = shares.first; share < shares.end; ++share) {
-      if constexpr (kFolded) {
-        AnyMerge::join_row_tile(params, scratch, share, parts, split, shared.fold.lists[i]);
-      } else {
-        auto const* const places = places_of_call<Traits>(params, merge.call);
-        AnyMerge(params, scratch, share, parts, places, {}).join_row_tile(split);
-      }
-      sync_math();  // the scratch is used again
-    }
-  }
+  for_each_share(
+      merge, [&merge](int32_t i, SplitRowTile const&) -> MergeShares { return merge.shares[i]; },
+      [&](int32_t i, SplitRowTile const& split, int32_t share) {
+        int32_t const parts = split.descriptor.num_parts;
+        if constexpr (kFolded) {
+          AnyMerge::join_row_tile(params, scratch, share, parts, split, shared.fold.lists[i]);
+        } else {
+          auto const* const places = places_of_call<Traits>(params, merge.call);
+          AnyMerge(params, scratch, share, parts, places, {}, merge.shares[i].refer_to_workspace)
+              .join_row_tile(split);
+        }
+        sync_math();  // the scratch is used again
+      });
 }
 
 // Of the row tiles that this CTA shares with others, if there are any.
@@ -157,8 +173,7 @@ __device__ __forceinline__ void merge_split_row_tiles(Params const& params,
   if (!is_split(0) && !is_split(1)) return;
   if (!is_batch_invariant(params)) {
     if constexpr (kPollsParts<Traits>) {
-      // The ring is free, and it is known who gave up.
-      cutlass::arch::NamedBarrier::sync(kMathThreads + 32, kMergeBarrier);
+      sync_math();  // the ring is free
       static_assert(sizeof(typename Merge<Traits, true>::SharedStorage) <= sizeof(shared.ring));
       merge_polled_parts<Traits>(params, merge, shared.ring);
     } else {

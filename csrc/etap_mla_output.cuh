@@ -21,6 +21,10 @@ struct OutputFragment {
   float value[4];
 };
 
+// Over an fp8 cache, columns d and d + 8 of a fragment are columns 2 d and 2 d + 1 of the 16.
+template <class Traits>
+constexpr bool kHasColumnPairs = Traits::kKvCache != KvCache::kSame;
+
 template <typename DType>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   cutlass::Array<float, 2> pair;
@@ -56,6 +60,11 @@ __device__ __forceinline__ uint2 transpose_fragment(OutputFragment const& fragme
   SM75_U32x1_MOVM_T::copy(pack<DType>(value[0] * scale_row_0, value[1] * scale_row_1), by_row.x);
   SM75_U32x1_MOVM_T::copy(pack<DType>(value[2] * scale_row_0, value[3] * scale_row_1), by_row.y);
   return by_row;
+}
+
+// The same of a fragment that has column pairs: columns 4 * (lane % 4) to 4 * (lane % 4) + 3.
+__device__ __forceinline__ uint2 interleave_columns(uint2 by_row) {
+  return {__byte_perm(by_row.x, by_row.y, 0x5410), __byte_perm(by_row.x, by_row.y, 0x7632)};
 }
 
 // Word j of lane i of every four lanes becomes word i of lane j: with a word from each of four

@@ -19,6 +19,7 @@
 
 #include <cuda_fp16.h>
 
+#include "etap_mla_math_thread.cuh"
 #include "etap_mla_output.cuh"
 
 namespace etap {
@@ -74,9 +75,6 @@ __device__ __forceinline__ uint32_t word_of(float number) {
 }
 
 // For others, who may look at it at any time, and by them.
-__device__ __forceinline__ void store_polled(uint32_t* target, uint32_t word) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(target), "r"(word) : "memory");
-}
 __device__ __forceinline__ void store_polled(uint32_t* target, uint2 words) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(target), "r"(words.x),
                "r"(words.y)
@@ -111,6 +109,53 @@ __device__ __forceinline__ __half2 larger_magnitudes(__half2 largest, uint2 numb
   return larger_magnitudes(larger_magnitudes(largest, numbers.x), numbers.y);
 }
 
+// What a thread has of a part where tokens are on M, as store_part() wants it. `output(box, block,
+// i)`: number i of a fragment, as OutputFragment has it.
+template <class Traits, class Output>
+struct NumbersOfPart {
+  static constexpr int kChunks =
+      kHasHalfParts<Traits> && Traits::kRowTile > 16 ? Traits::kRowTile / 16 : 1;
+  MathThread const& thread;
+  Output const& output;
+
+  // f(place, box, 8-row block)
+  template <class Function>
+  __device__ __forceinline__ void for_each_fragment(int32_t chunk, Function const& f) const {
+    constexpr int32_t kBoxes = kBoxesPerWarpgroup / kChunks;
+    int32_t const lane = thread.fresh_lane();
+#pragma unroll
+    for (int32_t box = chunk * kBoxes; box < (chunk + 1) * kBoxes; ++box) {
+#pragma unroll
+      for (int32_t block = 0; block < Traits::kRowTile / 8; ++block) {
+        int32_t const box_of_tile = 2 * box + thread.warpgroup;
+        f(place_in_part<Traits::kRowTile>(box_of_tile, block, thread.warp, lane), box, block);
+      }
+    }
+  }
+
+  template <class Function>
+  __device__ __forceinline__ void as_floats(int32_t chunk, Function const& f) const {
+    for_each_fragment(chunk, [&](int32_t place, int32_t box, int32_t block) {
+      f(place, make_float4(output(box, block, 0), output(box, block, 1), output(box, block, 2),
+                           output(box, block, 3)));
+    });
+  }
+
+  template <class Function>
+  __device__ __forceinline__ void as_halves(int32_t chunk, Function const& f) const {
+    for_each_fragment(chunk, [&](int32_t place, int32_t box, int32_t block) {
+      f(place, make_uint2(pack<cutlass::half_t>(output(box, block, 0), output(box, block, 1)),
+                          pack<cutlass::half_t>(output(box, block, 2), output(box, block, 3))));
+    });
+  }
+
+  __device__ __forceinline__ __half2 largest(int32_t chunk) const {
+    __half2 largest = {};
+    as_halves(chunk, [&](int32_t, uint2 halves) { largest = larger_magnitudes(largest, halves); });
+    return largest;
+  }
+};
+
 // Whether fragments, of whose numbers these are the largest, suit fp16, which has numbers below
 // 2^16; of small ones no more than 2^-25 is lost, which is little beside a largest one of 2^-8 or
 // more.
@@ -127,87 +172,102 @@ __device__ __forceinline__ float* floats_of_slot(Params const& params, int32_t s
   return params.partial_out + slot * (kHeadDimCkv * Traits::kRowTile);
 }
 
+// Where a CTA leaves a part.
+template <class Traits>
+struct PartSlot {
+  Params const& params;
+  MergeWork& merge;
+  int32_t const slot;
+  PartPlaces<Traits>& places;
+
+  __device__ __forceinline__ PartSlot(Params const& params, MergeWork& merge, int32_t slot)
+      : params(params),
+        merge(merge),
+        slot(slot),
+        places(places_of_call<Traits>(params, merge.call)[slot]) {}
+};
+
+template <class Traits, class Numbers>
+__device__ __forceinline__ void store_in_workspace(PartSlot<Traits> const& part,
+                                                   Numbers const& numbers, int32_t chunk) {
+  float* const floats = floats_of_slot<Traits>(part.params, part.slot);
+  numbers.as_floats(chunk, [floats](int32_t place, float4 const& values) {
+    *reinterpret_cast<float4*>(floats + place) = values;
+  });
+}
+
+// The same, and a word in the places.
+template <class Traits, class Numbers>
+__device__ __forceinline__ void refer_to_workspace(PartSlot<Traits> const& part,
+                                                   Numbers const& numbers, int32_t chunk) {
+  part.merge.refers_to_workspace = true;
+  store_in_workspace(part, numbers, chunk);
+  __threadfence();
+  uint32_t* const words = part.places.numbers;
+  numbers.as_halves(chunk, [words](int32_t place, uint2) {
+    store_polled(words + place / 2, make_uint2(kInWorkspace, kInWorkspace));
+  });
+}
+
 // Leaves what a warp has of a part, in Numbers::kChunks of some fragments each: there are not the
 // registers to have all of it in fp16 while it is not known whether fp16 will do. `numbers` gives a
-// chunk with each place in a part of which this thread has some:
-//   numbers.as_floats(chunk, f)   f(place, float4 or float2)
-//   numbers.as_halves(chunk, f)   f(place, uint2 or, of two numbers, uint32_t)
+// chunk with each place in a part of which this thread has the numbers:
+//   numbers.as_floats(chunk, f)   f(place, float4)
+//   numbers.as_halves(chunk, f)   f(place, uint2)
 //   numbers.largest(chunk)        their magnitudes, as fp16
 template <class Traits, class Numbers>
-__device__ __forceinline__ void store_part(Params const& params, uint32_t call, int32_t slot,
-                                           Numbers const& numbers) {
-  float* const floats = floats_of_slot<Traits>(params, slot);
-  auto const store_in_workspace = [&](int32_t chunk) {
-    numbers.as_floats(chunk, [floats](int32_t place, auto const& values) {
-      *reinterpret_cast<std::decay_t<decltype(values)>*>(floats + place) = values;
-    });
-  };
-  uint32_t* const words = places_of_call<Traits>(params, call)[slot].numbers;
-  auto const refer_to_workspace = [&](int32_t chunk) {
-    store_in_workspace(chunk);
-    __threadfence();
-    numbers.as_halves(chunk, [words](int32_t place, auto halves) {
+__device__ __forceinline__ void store_part(PartSlot<Traits> const& part, Numbers const& numbers) {
+  uint32_t* const words = part.places.numbers;
+  bool const is_in_places = !is_batch_invariant(part.params);
 #pragma unroll
-      for (int32_t i = 0; i < int32_t(sizeof(halves) / sizeof(uint32_t)); ++i) {
-        store_polled(words + place / 2 + i, kInWorkspace);
-      }
-    });
-  };
-  auto const store = [&](int32_t chunk) {
-    if constexpr (!kHasHalfParts<Traits>) {
-      numbers.as_floats(chunk, [words](int32_t place, auto const& values) {
-        auto const* const floats_of_place = reinterpret_cast<float const*>(&values);
-#pragma unroll
-        for (int32_t i = 0; i < int32_t(sizeof(values) / sizeof(float)); i += 2) {
-          store_polled(words + place + i,
-                       make_uint2(word_of(floats_of_place[i]), word_of(floats_of_place[i + 1])));
-        }
+  for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
+    if (!is_in_places) {
+      store_in_workspace(part, numbers, chunk);
+    } else if constexpr (!kHasHalfParts<Traits>) {
+      numbers.as_floats(chunk, [words](int32_t place, float4 const& values) {
+        store_polled(words + place, make_uint2(word_of(values.x), word_of(values.y)));
+        store_polled(words + place + 2, make_uint2(word_of(values.z), word_of(values.w)));
       });
     } else if (__builtin_expect(suit_fp16(numbers.largest(chunk)), 1)) {
       numbers.as_halves(
-          chunk, [words](int32_t place, auto halves) { store_polled(words + place / 2, halves); });
+          chunk, [words](int32_t place, uint2 halves) { store_polled(words + place / 2, halves); });
     } else {
-      refer_to_workspace(chunk);
-    }
-  };
-  // Where parts are counted, nobody looks at them yet: all numbers are stored, and looked at
-  // meanwhile. (Over a cache of fp8 there are not the registers.)
-  auto const store_to_be_counted = [&] {
-    __half2 largest = {};
-#pragma unroll
-    for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
-      numbers.as_halves(chunk, [words, &largest](int32_t place, auto halves) {
-        *reinterpret_cast<decltype(halves)*>(words + place / 2) = halves;
-        largest = larger_magnitudes(largest, halves);
-      });
-    }
-    if (__builtin_expect(suit_fp16(largest), 1)) return;
-#pragma unroll
-    for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) refer_to_workspace(chunk);
-  };
-  bool const is_in_places = !is_batch_invariant(params);
-  if constexpr (kHasHalfParts<Traits> && !kPollsParts<Traits> &&
-                Traits::kKvCache == KvCache::kSame) {
-    if (is_in_places) return store_to_be_counted();
-  }
-#pragma unroll
-  for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
-    if (is_in_places) {
-      store(chunk);
-    } else {
-      store_in_workspace(chunk);
+      refer_to_workspace(part, numbers, chunk);
     }
   }
 }
 
+// The same of a part that is counted, which nobody looks at yet: it is stored before it is known
+// whether fp16 will do, which takes less time.
+template <class Traits, class Numbers>
+__device__ __forceinline__ void store_counted_part(PartSlot<Traits> const& part,
+                                                   Numbers const& numbers) {
+  static_assert(!kPollsParts<Traits>);
+  if (!kHasHalfParts<Traits> || is_batch_invariant(part.params)) return store_part(part, numbers);
+  uint32_t* const words = part.places.numbers;
+  __half2 largest = {};
+#pragma unroll
+  for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
+    numbers.as_halves(chunk, [words, &largest](int32_t place, uint2 halves) {
+      *reinterpret_cast<uint2*>(words + place / 2) = halves;
+      largest = larger_magnitudes(largest, halves);
+    });
+  }
+  if (__builtin_expect(suit_fp16(largest), 1)) return;
+#pragma unroll
+  for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
+    refer_to_workspace(part, numbers, chunk);
+  }
+}
+
 template <class Traits>
-__device__ __forceinline__ void store_row_of_part(Params const& params, uint32_t call, int32_t slot,
-                                                  int32_t row, float max, float sum) {
-  if (!is_batch_invariant(params)) {
-    float2& target = places_of_call<Traits>(params, call)[slot].rows[row];
-    store_polled(reinterpret_cast<uint32_t*>(&target), make_uint2(word_of(max), word_of(sum)));
+__device__ __forceinline__ void store_row_of_part(PartSlot<Traits> const& part, int32_t row,
+                                                  float max, float sum) {
+  if (!is_batch_invariant(part.params)) {
+    store_polled(reinterpret_cast<uint32_t*>(&part.places.rows[row]),
+                 make_uint2(word_of(max), word_of(sum)));
   } else {
-    params.partial_ml[slot * Traits::kRowTile + row] = make_float2(max, sum);
+    part.params.partial_ml[part.slot * Traits::kRowTile + row] = make_float2(max, sum);
   }
 }
 

@@ -225,8 +225,8 @@ class WithScores : protected Base_ {
   // LSE or, of a part, reference and sum.
   __device__ __forceinline__ void write_statistics(int32_t i) const {
     if (!segment().is_whole()) {
-      store_row_of_part<Traits>(params_, this->shared_.merge.call, segment().slot, row(i),
-                                reference_[i], row_sum_[i]);
+      PartSlot<Traits> const part(params_, this->shared_.merge, segment().slot);
+      store_row_of_part(part, row(i), reference_[i], row_sum_[i]);
     } else if (params_.lse != nullptr && row(i) < segment().num_rows) {
       params_.lse[segment().packed_row + row(i)] = log_sum_exp(params_, reference_[i], row_sum_[i]);
     }
@@ -427,8 +427,8 @@ class WithOutput : protected Base_ {
     int32_t thread = threadIdx.x;
     // So that no place is found before the loop over tiles, where there is no register to keep it.
     asm volatile("" : "+r"(thread));
-    store_part<Traits>(params_, this->shared_.merge.call, segment().slot,
-                       NumbersOfPart{*this, half, thread / 32 % 4, thread % 32});
+    PartSlot<Traits> const part(params_, this->shared_.merge, segment().slot);
+    store_counted_part(part, NumbersOfPart{*this, half, thread / 32 % 4, thread % 32});
   }
 };
 

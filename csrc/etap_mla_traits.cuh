@@ -47,8 +47,6 @@ constexpr int kQueryLoadThreads = 64;
 // Barriers among math threads, in CUTLASS's numbering of user barriers.
 constexpr uint32_t kWarpgroupBarrier = 0;  // and 1: one for each math warpgroup
 constexpr uint32_t kMathBarrier = 2;
-// Of the math threads and the warp that looks for them who gave up waiting for their parts.
-constexpr uint32_t kMergeBarrier = 7;
 
 // Of all math threads.
 __device__ __forceinline__ void sync_math() {
@@ -203,9 +201,11 @@ struct SplitRowTile {
   int32_t tiles;
 };
 
-// CTAs that do their share of a merge; those before `end` from `first` on.
+// CTAs that do their share of a merge; those before `end` from `first` on. Whether some numbers of
+// the parts are in the workspace, if parts are counted.
 struct MergeShares {
   int32_t first, end;
+  bool refer_to_workspace;
 };
 
 // What a CTA's threads tell each other of the merge.
@@ -217,6 +217,7 @@ struct MergeWork {
   // Else, of each of them: whether parts have been missing for too long, whether they were for
   // another CTA, and whether all that are missing will come.
   bool gave_up[2], others_gave_up[2], waits_on[2];
+  bool refers_to_workspace;  // for some numbers of a part that this CTA leaves
 };
 
 struct Params {

@@ -9,6 +9,7 @@ import pathlib
 import random
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
@@ -139,6 +140,35 @@ def test_places_are_empty_for_the_next_call(heads, dtype, seed):
             assert (places[(call + 1) % 2] == 0xFF).all(), f"call {number}"
             filled += bool((places[call % 2] != 0xFF).any())
     assert filled > 20
+
+
+def test_lengths_that_change_while_a_kernel_runs(hog, seed):
+    """An error, and its results are worth nothing; but the call ends, and the next one is right.
+
+    The first CTAs have one SM, on which each waits for parts in vain and leaves. The others then
+    find other lengths, by which one of those should have left a part that it has not: all have
+    begun, so it is waited for.
+    """
+    problem = make_problem(seed, [1, 1], [19680, 19680], 16)
+    wrapper = make_wrapper()
+    at_first, later = torch.tensor([[19680, 320], [320, 19680]], dtype=torch.int32).pin_memory()
+    problem.kv_len_arr.copy_(later)
+    expected = run_once(problem, wrapper)
+    problem.kv_len_arr.copy_(at_first)
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count - 1
+    torch.cuda.synchronize()
+    side, copies = torch.cuda.Stream(), torch.cuda.Stream()
+    stream = ctypes.c_void_p(side.cuda_stream)
+    begin = time.perf_counter()
+    assert hog.launch(blocks, ctypes.c_longlong(50_000_000), stream) == 0
+    wrapper.run(*problem.run_arguments())
+    time.sleep(0.01)
+    with torch.cuda.stream(copies):
+        problem.kv_len_arr.copy_(later, non_blocking=True)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - begin > 5, "all parts came"
+    for given, wanted in zip(run_once(problem, wrapper), expected, strict=True):
+        assert torch.equal(given, wanted)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
