@@ -3,9 +3,10 @@
 and with an fp8 cache beside the fp8 paths of FlashMLA and FlashInfer and beside FlashMLA's bf16.
 
 All kernels run in this process, on the same fresh random inputs, in CUDA graphs of many calls of
-which each reads another cache (together several times the L2), taking turns; the figure is the
-median over the repeats. Every cell is compared with float64, and the bandwidth is set against what
-a plain copy kernel reads on this GPU. The JSON file is rewritten after every cell.
+which each reads another cache (together several times the L2), taking turns in an order that is
+drawn for each repeat; the figure is the median over the repeats. Every cell is compared with
+float64, and the bandwidth is set against what a plain copy kernel reads on this GPU. The JSON file
+is rewritten after every cell.
 
     python scripts/bench_decode.py --grid issue2 --plot results/h200/decode.png
     python scripts/bench_decode.py --grid issue2 issue5
@@ -112,14 +113,57 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
     left_out : list of str
         Peers that refused the cell or failed on it, with the reason.
     """
-    import torch
-    from decode_bench import inputs as cell_inputs
     from decode_bench import timing
     from decode_bench.peers import FixedSplitPeer
 
     inputs = pool.inputs(cell, seed)
-    captured, left_out = {}, []
+    captured, left_out = capture_peers(inputs, peers)
+    if "etap" not in captured:
+        return None, left_out
+    fixed = {peer.name: str(peer.tokens) for peer in peers if isinstance(peer, FixedSplitPeer)}
+    batch_invariant = {name: item for name, item in captured.items() if name in fixed}
+    others = {name: item for name, item in captured.items() if name not in fixed}
+    times = timing.time_by_name(others, repeats)
+    errors, rounding = errors_of(inputs, captured)
+    case = {
+        **cell.as_case(),
+        "us": round(times["etap"], 3),
+        "gbps": round(inputs.bytes_read / times["etap"] / 1e3, 1),
+        "rmse": errors["etap"],
+        "rmse_rounding": rounding,
+        "peers": {
+            name: {"us": round(times[name], 3), "rmse": errors[name]}
+            for name in others
+            if name != "etap"
+        },
+    }
+    if batch_invariant:
+        # In turns of their own, so that all cells have the same peers: what a graph runs behind
+        # shows in its time.
+        times = timing.time_by_name({"etap": captured["etap"], **batch_invariant}, repeats)
+        case["fixed_split"] = {  # by tokens of a part
+            fixed[name]: {
+                "us": round(times[name], 3),
+                "us_of_others": round(times["etap"], 3),
+                "rmse": errors[name],
+            }
+            for name in batch_invariant
+        }
+    if cell.lengths != "equal":
+        case["lengths"] = cell.lengths
+    return case, left_out
+
+
+def capture_peers(inputs: Any, peers: list) -> tuple[dict[str, Any], list[str]]:
+    """Graphs of the peers that take a cell, by name; and which do not, with the reason."""
+    import torch
+    from decode_bench import timing
+    from decode_bench.peers import FixedSplitPeer
+
+    cell = inputs.cell
     has_fixed_split = cell in grid.preset("fixed-split")
+    captured: dict[str, Any] = {}
+    left_out = []
     for peer in peers:
         if cell.kv_cache not in peer.kv_caches:
             continue
@@ -135,9 +179,14 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
         if reason is not None:
             left_out.append(f"{peer.name} at {cell.label()}: {reason}")
     torch.cuda.synchronize()
-    medians = timing.time_in_turns(list(captured.values()), repeats)
-    times = dict(zip(captured, medians, strict=True))
+    return captured, left_out
 
+
+def errors_of(inputs: Any, captured: dict[str, Any]) -> tuple[dict[str, float], float]:
+    """RMSE against float64 of each peer, and that of rounding the exact result."""
+    from decode_bench import inputs as cell_inputs
+
+    cell = inputs.cell
     requests = cell_inputs.reference_requests(inputs.lengths)
     exact = [cell_inputs.exact_output(inputs, request) for request in requests]
     errors = {}
@@ -147,31 +196,7 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
         by_request = item.output.reshape(cell.batch, cell.q_len, cell.heads, grid.HEAD_DIM_CKV)
         errors[name] = rmse([by_request[request] for request in requests], exact)
     rounding = rmse([e.to(cell_inputs.DTYPES[cell.dtype]) for e in exact], exact)
-    if "etap" not in captured:
-        return None, left_out
-    figures = {
-        name: {"us": round(times[name], 3), "rmse": errors[name]}
-        for name in captured
-        if name != "etap"
-    }
-    fixed_split = {
-        str(peer.tokens): figures.pop(peer.name)
-        for peer in peers
-        if isinstance(peer, FixedSplitPeer) and peer.name in figures
-    }
-    case = {
-        **cell.as_case(),
-        "us": round(times["etap"], 3),
-        "gbps": round(inputs.bytes_read / times["etap"] / 1e3, 1),
-        "rmse": errors["etap"],
-        "rmse_rounding": rounding,
-        "peers": figures,
-    }
-    if fixed_split:  # by tokens of a part
-        case["fixed_split"] = fixed_split
-    if cell.lengths != "equal":
-        case["lengths"] = cell.lengths
-    return case, left_out
+    return errors, rounding
 
 
 def print_host_cost(pool: Any, peers: list, seed: int) -> None:

@@ -109,12 +109,15 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def fixed_split_slowdowns(cases: Sequence[Case]) -> dict[str, dict[tuple[int, int], float]]:
-    """Time of batch-invariant calls over that of others: by size of parts, batch and context."""
+    """Time of batch-invariant calls over that of others: by size of parts, batch and context.
+
+    Of others, that which was measured beside them.
+    """
     slowdowns: dict[str, dict[tuple[int, int], float]] = {}
     for case in cases:
         for size, found in case.get("fixed_split", {}).items():
             cells = slowdowns.setdefault(size, {})
-            cells[case["batch"], case["context"]] = found["us"] / case["us"]
+            cells[case["batch"], case["context"]] = found["us"] / found["us_of_others"]
     return slowdowns
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +58,10 @@ def capture(run: RunCall, calls: int) -> Captured:
 
 
 def time_in_turns(captured: Sequence[Captured], repeats: int) -> list[float]:
-    """Median microseconds a call of each graph; every repeat replays all of them in turn."""
+    """Median microseconds a call of each graph; every repeat replays all of them in turn.
+
+    In another order each time: at the power limit, a graph takes longer behind one that draws more.
+    """
     events = [
         [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -67,10 +71,12 @@ def time_in_turns(captured: Sequence[Captured], repeats: int) -> list[float]:
     ]
     for item in captured:
         item.graph.replay()
+    chosen = random.Random(repeats)
     for turn in events:
-        for item, (start, end) in zip(captured, turn, strict=True):
+        for index in chosen.sample(range(len(captured)), len(captured)):
+            start, end = turn[index]
             start.record()
-            item.graph.replay()
+            captured[index].graph.replay()
             end.record()
     torch.cuda.synchronize()
     medians = []
@@ -80,6 +86,11 @@ def time_in_turns(captured: Sequence[Captured], repeats: int) -> list[float]:
         )
         medians.append(1000 * milliseconds / item.calls)
     return medians
+
+
+def time_by_name(captured: dict[str, Captured], repeats: int) -> dict[str, float]:
+    """The same, by name."""
+    return dict(zip(captured, time_in_turns(list(captured.values()), repeats), strict=True))
 
 
 def host_microseconds(function: Callable[[], object], repeats: int = 200) -> float:
