@@ -103,7 +103,9 @@ def rmse(values: list, exact: list) -> float:
     return (squares / sum(e.numel() for e in exact)) ** 0.5
 
 
-def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: int) -> tuple:
+def measure_cell(
+    cell: grid.Cell, pool: Any, peers: list, fixed_split_peers: list, seed: int, repeats: int
+) -> tuple:
     """Time and check every peer on one cell.
 
     Returns
@@ -114,17 +116,17 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
         Peers that refused the cell or failed on it, with the reason.
     """
     from decode_bench import timing
-    from decode_bench.peers import FixedSplitPeer
 
     inputs = pool.inputs(cell, seed)
     captured, left_out = capture_peers(inputs, peers)
     if "etap" not in captured:
         return None, left_out
-    fixed = {peer.name: str(peer.tokens) for peer in peers if isinstance(peer, FixedSplitPeer)}
-    batch_invariant = {name: item for name, item in captured.items() if name in fixed}
-    others = {name: item for name, item in captured.items() if name not in fixed}
-    times = timing.time_by_name(others, repeats)
-    errors, rounding = errors_of(inputs, captured)
+    if cell not in grid.preset("fixed-split"):
+        fixed_split_peers = []
+    batch_invariant, notes = capture_peers(inputs, fixed_split_peers)
+    left_out += notes
+    times = timing.time_by_name(captured, repeats)
+    errors, rounding = errors_of(inputs, captured | batch_invariant)
     case = {
         **cell.as_case(),
         "us": round(times["etap"], 3),
@@ -133,21 +135,22 @@ def measure_cell(cell: grid.Cell, pool: Any, peers: list, seed: int, repeats: in
         "rmse_rounding": rounding,
         "peers": {
             name: {"us": round(times[name], 3), "rmse": errors[name]}
-            for name in others
+            for name in captured
             if name != "etap"
         },
     }
     if batch_invariant:
         # In turns of their own, so that all cells have the same peers: what a graph runs behind
         # shows in its time.
-        times = timing.time_by_name({"etap": captured["etap"], **batch_invariant}, repeats)
+        beside = timing.time_by_name({"etap": captured["etap"], **batch_invariant}, repeats)
         case["fixed_split"] = {  # by tokens of a part
-            fixed[name]: {
-                "us": round(times[name], 3),
-                "us_of_others": round(times["etap"], 3),
-                "rmse": errors[name],
+            str(peer.tokens): {
+                "us": round(beside[peer.name], 3),
+                "us_of_others": round(beside["etap"], 3),
+                "rmse": errors[peer.name],
             }
-            for name in batch_invariant
+            for peer in fixed_split_peers
+            if peer.name in batch_invariant
         }
     if cell.lengths != "equal":
         case["lengths"] = cell.lengths
@@ -158,16 +161,12 @@ def capture_peers(inputs: Any, peers: list) -> tuple[dict[str, Any], list[str]]:
     """Graphs of the peers that take a cell, by name; and which do not, with the reason."""
     import torch
     from decode_bench import timing
-    from decode_bench.peers import FixedSplitPeer
 
     cell = inputs.cell
-    has_fixed_split = cell in grid.preset("fixed-split")
     captured: dict[str, Any] = {}
     left_out = []
     for peer in peers:
         if cell.kv_cache not in peer.kv_caches:
-            continue
-        if isinstance(peer, FixedSplitPeer) and not has_fixed_split:
             continue
         reason = peer.refuses(cell)
         if reason is None:
@@ -232,8 +231,8 @@ def run(options: argparse.Namespace) -> int:
     left_out: list[str] = []
     peer_makers.build_modules(options.peers, options.cells, left_out.append)
     peers = peer_makers.make_peers(options.peers, left_out.append)
-    if "etap" in options.peers:
-        peers += peer_makers.make_fixed_split_peers(options.fixed_split)
+    fixed_splits = options.fixed_split if "etap" in options.peers else []
+    fixed_split_peers = peer_makers.make_fixed_split_peers(fixed_splits)
     for line in left_out:
         print(f"left out: {line}", flush=True)
     sets = [cell_inputs.set_bytes(cell, options.seed) for cell in options.cells]
@@ -244,7 +243,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"seed {options.seed}, ready after {time.monotonic() - started:.0f} s", flush=True)
     ceiling = round(timing.measure_read_ceiling(elements, lambda line: print(line, flush=True)), 1)
     if options.host_cost:
-        print_host_cost(pool, peers, options.seed)
+        print_host_cost(pool, [*peers, *fixed_split_peers], options.seed)
 
     cases: list[dict[str, Any]] = []
     failed = not any(peer.name == "etap" for peer in peers)
@@ -254,7 +253,9 @@ def run(options: argparse.Namespace) -> int:
             left_out.append(f"{len(options.cells) - index} cells: the time budget was spent")
             break
         try:
-            case, notes = measure_cell(cell, pool, peers, options.seed, options.repeats)
+            case, notes = measure_cell(
+                cell, pool, peers, fixed_split_peers, options.seed, options.repeats
+            )
         except RuntimeError as error:  # a broken CUDA context: nothing after it can be measured
             left_out.append(f"{cell.label()} and all after it: {error}")
             failed = True
