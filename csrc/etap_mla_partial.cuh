@@ -218,6 +218,9 @@ __device__ __forceinline__ void refer_to_workspace(PartSlot<Traits> const& part,
 template <class Traits, class Numbers>
 __device__ __forceinline__ void store_part(PartSlot<Traits> const& part, Numbers const& numbers) {
   uint32_t* const words = part.places.numbers;
+  // As they are: but if it is not said here, behind the loop over tiles, ptxas may keep what is the
+  // same for all lanes out of uniform registers in that loop (scripts/TUNING.md).
+  __syncwarp();
   bool const is_in_places = !is_batch_invariant(part.params);
 #pragma unroll
   for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
