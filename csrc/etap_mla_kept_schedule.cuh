@@ -76,7 +76,7 @@ __device__ __forceinline__ void begin_call(Params const& params, MergeWork& merg
   if (threadIdx.x < 2) merge.split_row_tiles[threadIdx.x] = {};
   if (threadIdx.x != kThreads - 1) return;
 #pragma unroll
-  for (int32_t i = 0; i < 2; ++i) merge.gave_up[i] = merge.others_gave_up[i] = false;
+  for (int32_t i = 0; i < 2; ++i) merge.others_gave_up[i] = false;
   merge.refers_to_workspace = false;
   merge.call = __ldcg(&kept.call);
   uint2 const used_slots = __ldcg(reinterpret_cast<uint2 const*>(kept.used_slots));

@@ -179,21 +179,19 @@ class Merge : MergeOfUnits<Traits> {
     JoinedParts<1> shares[kMergeWarps][32];
   };
 
-  // If this waits for parts: until when on the SM's clock, and where to say that some are missing.
-  struct Patience {
-    int64_t end;
-    bool* gave_up;
-  };
-
   // For CTA `rank` of `count` that share the units. `first_slot`: of the parts' places, which may
-  // refer to the workspace or not.
+  // refer to the workspace or not. If this waits for parts, until `end_of_patience` on the SM's
+  // clock.
   __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count,
-                   void const* first_slot, Patience const& patience, bool may_refer)
+                   void const* first_slot, int64_t end_of_patience, bool may_refer)
       : Base(params, rank, count),
         shared_(shared),
         first_slot_(first_slot),
-        patience_(patience),
+        end_of_patience_(end_of_patience),
         may_refer_(may_refer) {}
+
+  // Whether this warp found all parts that it waited for.
+  __device__ bool has_all() const { return has_all_; }
 
   // Of one row tile, by the CTAs that have its parts.
   __device__ void join_row_tile(SplitRowTile const& split) {
@@ -234,15 +232,17 @@ class Merge : MergeOfUnits<Traits> {
         kInPlaces ? kMergeWarps >> log_units : 1 << log_merge_shares(descriptor.num_parts);
 
     auto joined = JoinedParts<1>::none();
+    bool are_there = true;
     int32_t const first_part = share < num_shares ? share : descriptor.num_parts;
     for (int32_t part = first_part; part < descriptor.num_parts;
          part += kPartsInFlight * num_shares) {
-      join_parts<kPartsInFlight>(joined, descriptor.num_parts, slots_of(split.number), part,
-                                 num_shares, box, row_block, fragment_warp);
+      are_there &= join_parts<kPartsInFlight>(joined, descriptor.num_parts, slots_of(split.number),
+                                              part, num_shares, box, row_block, fragment_warp);
     }
     bool const has_other_warps = log_units < 3;
-    if (has_other_warps) add_shares(joined, share, num_shares, log_units);
-    if (share == 0 && !gave_up()) write_unit(joined, descriptor, unit);
+    if (has_other_warps) are_there = add_shares(joined, share, num_shares, log_units, are_there);
+    if (share == 0 && are_there) write_unit(joined, descriptor, unit);
+    has_all_ = has_all_ && are_there;
     if (has_other_warps) sync_math();  // the next units use the same shared memory
   }
 
@@ -252,15 +252,14 @@ class Merge : MergeOfUnits<Traits> {
     int32_t const row_block = number_of_box / kCkvBoxes;
     MergeDescriptor const& descriptor = split.descriptor;
     auto joined = JoinedParts<kUnitsOfBox>::none();
+    bool are_there = true;
     for (int32_t part = 0; part < descriptor.num_parts; part += kPartsInFlightOfBox) {
-      join_parts<kPartsInFlightOfBox>(joined, descriptor.num_parts, slots_of(split.number), part, 1,
-                                      box, row_block, 0);
+      are_there &= join_parts<kPartsInFlightOfBox>(
+          joined, descriptor.num_parts, slots_of(split.number), part, 1, box, row_block, 0);
     }
-    if (!gave_up()) write_box(joined, descriptor, row_block, box);
+    if (are_there) write_box(joined, descriptor, row_block, box);
+    has_all_ = has_all_ && are_there;
   }
-
-  // Of this warp and, behind a barrier, of the others of its CTA.
-  __device__ bool gave_up() const { return kWaits && *patience_.gave_up; }
 
   // The parts' slots. Of a row tile that begins in CTA `number`, the beginning lies in that CTA's
   // second slot, every continuation in the first; in batch-invariant calls they follow each other.
@@ -334,9 +333,10 @@ class Merge : MergeOfUnits<Traits> {
   };
 
   // Adds parts first_part, + stride, ..., kInFlight of them or as many as there are: of their
-  // fragment (box of d_v, 8-row block, warp), or of kUnits from there on.
+  // fragment (box of d_v, 8-row block, warp), or of kUnits from there on. False if some are
+  // missing.
   template <int kInFlight, int kUnits>
-  __device__ void join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
+  __device__ bool join_parts(JoinedParts<kUnits>& joined, int32_t num_parts, PartSlots const& slots,
                              int32_t first_part, int32_t stride, int32_t box, int32_t row_block,
                              int32_t fragment_warp) {
     int32_t const place = place_in_part<kRowTile>(box, row_block, fragment_warp, lane_);
@@ -362,8 +362,7 @@ class Merge : MergeOfUnits<Traits> {
       do {
         for_each(exists, load);
         found = look_at(parts);
-      } while (found == kNothing && clock64() < patience_.end);
-      if (found == kNothing) *patience_.gave_up = true;
+      } while (found == kNothing && clock64() < end_of_patience_);
     } else {
       // As most are: without a question for each part, and with fewer instructions, all of which
       // count. But less than to bring instructions for both cases, where nothing else is waited
@@ -388,10 +387,11 @@ class Merge : MergeOfUnits<Traits> {
         }
         joined.add_scaled(part);
       });
-      return;
+      return true;
     }
 #pragma unroll
     for (Part<kUnits> const& part : parts) joined.add_scaled(part.joined());
+    return found != kNothing;
   }
 
   // In all places that a warp looks at numbers; in some the word that these are in the workspace;
@@ -418,22 +418,29 @@ class Merge : MergeOfUnits<Traits> {
     joined.rescale(new_max);
   }
 
-  // Adds what the warps of the same unit have, in the order of their shares.
-  __device__ void add_shares(JoinedParts<1>& joined, int32_t share, int32_t num_shares,
-                             int32_t log_units) {
+  // Adds what the warps of the same unit have, in the order of their shares. Whether they, or those
+  // of other units, all have what they waited for.
+  __device__ bool add_shares(JoinedParts<1>& joined, int32_t share, int32_t num_shares,
+                             int32_t log_units, bool are_there) {
     shared_.shares[warp_][lane_] = joined;
-    sync_math();
-    if (share > 0) return;
+    if constexpr (kWaits) {
+      are_there = !sync_math_or(!are_there);
+    } else {
+      sync_math();
+    }
+    if (share > 0) return are_there;
     int32_t const end = num_shares << log_units;
     for (int32_t warp = warp_ + (1 << log_units); warp < end; warp += 1 << log_units) {
       joined.add(shared_.shares[warp][lane_]);
     }
+    return are_there;
   }
 
   SharedStorage& shared_;
   void const* const first_slot_;
-  Patience const patience_;
+  int64_t const end_of_patience_;
   bool const may_refer_;
+  bool has_all_ = true;
 };
 
 }  // namespace etap

@@ -70,6 +70,7 @@ __device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWo
   int64_t end_of_patience = clock64() + kPatience;
 #pragma unroll 1
   for (bool waits_on = false;; waits_on = true) {
+    bool has_all = true;
     for_each_share(
         merge,
         [&](int32_t i, SplitRowTile const& split) -> MergeShares {
@@ -77,22 +78,19 @@ __device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWo
           if (merge.others_gave_up[i]) return {0, split.descriptor.num_parts, true};
           return {split.part, split.part + 1, true};
         },
-        [&](int32_t i, SplitRowTile const& split, int32_t share) {
-          PolledMerge(params, shared, share, split.descriptor.num_parts, slots,
-                      {end_of_patience, &merge.gave_up[i]}, true)
-              .join_row_tile(split);
+        [&](int32_t, SplitRowTile const& split, int32_t share) {
+          PolledMerge part_merge(params, shared, share, split.descriptor.num_parts, slots,
+                                 end_of_patience, true);
+          part_merge.join_row_tile(split);
+          has_all = has_all && part_merge.has_all();
         });
-    sync_math();
-    if (waits_on || (!merge.gave_up[0] && !merge.gave_up[1])) return;
-    sync_math();  // all have seen it
+    if (!sync_math_or(!has_all) || waits_on) return;
+    // Of both row tiles: to join one again does no harm.
     if (threadIdx.x < 32) {
 #pragma unroll 1
       for (int32_t i = 0; i < 2; ++i) {
-        bool const have_begun =
-            merge.gave_up[i] && give_up(params, merge.split_row_tiles[i], merge.call);
-        __syncwarp();
-        merge.gave_up[i] = false;
-        merge.waits_on[i] = have_begun;
+        SplitRowTile const& split = merge.split_row_tiles[i];
+        if (split.descriptor.num_parts > 0) merge.waits_on[i] = give_up(params, split, merge.call);
       }
     }
     sync_math();
@@ -155,7 +153,7 @@ __device__ __forceinline__ void merge_counted_parts(Params const& params,
           AnyMerge::join_row_tile(params, scratch, share, parts, split, shared.fold.lists[i]);
         } else {
           auto const* const places = places_of_call<Traits>(params, merge.call);
-          AnyMerge(params, scratch, share, parts, places, {}, merge.shares[i].refer_to_workspace)
+          AnyMerge(params, scratch, share, parts, places, 0, merge.shares[i].refer_to_workspace)
               .join_row_tile(split);
         }
         sync_math();  // the scratch is used again

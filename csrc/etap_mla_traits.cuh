@@ -53,6 +53,19 @@ __device__ __forceinline__ void sync_math() {
   cutlass::arch::NamedBarrier::sync(kMathThreads, kMathBarrier);
 }
 
+// The same; returns whether the value is true of any. CUTLASS has no such barrier.
+__device__ __forceinline__ bool sync_math_or(bool value) {
+  constexpr auto kFirst = uint32_t(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier);
+  uint32_t any;
+  asm volatile(
+      "{ .reg .pred own, any; setp.ne.u32 own, %1, 0; "
+      "barrier.cta.red.or.aligned.pred any, %2, %3, own; selp.u32 %0, 1, 0, any; }"
+      : "=r"(any)
+      : "r"(uint32_t(value)), "n"(kFirst + kMathBarrier), "n"(kMathThreads)
+      : "memory");
+  return any != 0;
+}
+
 constexpr int kSharedMemoryLimit = 227 * 1024;
 
 // kTma: bulk tensor copies; a page must hold whole groups of 8 rows (one swizzle atom).
@@ -214,9 +227,9 @@ struct MergeWork {
   MergeShares shares[2];            // that this CTA does of them, if parts are counted
   uint32_t call;                    // its number
   uint32_t slots_used_before;       // of this CTA, by the call before
-  // Else, of each of them: whether parts have been missing for too long, whether they were for
-  // another CTA, and whether all that are missing will come.
-  bool gave_up[2], others_gave_up[2], waits_on[2];
+  // Else, of each of them: whether parts have been missing for too long for another CTA; and, if
+  // they were for this one, whether all that are missing will come.
+  bool others_gave_up[2], waits_on[2];
   bool refers_to_workspace;  // for some numbers of a part that this CTA leaves
 };
 
