@@ -222,7 +222,6 @@ def test_what_float32_loses_may_be_missing(
     # In fp16, a part that has both has no room for the other.
     assert not judge(given).is_mismatch()
     monkeypatch.setattr(compare, "PARTIAL_LOST", 0.0)
-    monkeypatch.setattr(compare, "PARTIAL_LOST_OF_LARGEST", 0.0)
     assert judge(given).is_mismatch() != may_be_lost
 
 

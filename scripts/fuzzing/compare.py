@@ -75,7 +75,6 @@ SUM_ROUNDOFF = 2.0**-24
 PARTIAL_ROUNDOFF = 2.0**-11  # of O of a part, of requests of more than one token tile
 PARTIAL_LOST = 2.0**-25  # at most, where the largest number may be as large as this:
 PARTIAL_LEAST = 2.0**-8
-PARTIAL_LOST_OF_LARGEST = 2.0**-39
 FIXED_SUM_STEPS = 64  # over warps, parts of a split row tile and the normalisation
 LSE_ROUNDOFF = 2.0**-22
 
@@ -266,8 +265,7 @@ def _error_of_parts(
     """
     largest = kv_lens * largest_value
     lost = torch.where(largest >= PARTIAL_LEAST, PARTIAL_LOST, 0.0)
-    error = PARTIAL_ROUNDOFF * weighed + lost + PARTIAL_LOST_OF_LARGEST * largest
-    return torch.where(kv_lens > TOKEN_TILE, error, 0.0)
+    return torch.where(kv_lens > TOKEN_TILE, PARTIAL_ROUNDOFF * weighed + lost, 0.0)
 
 
 def _rmse_criterion(
