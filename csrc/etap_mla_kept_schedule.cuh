@@ -78,11 +78,12 @@ __device__ __forceinline__ void begin_call(Params const& params, MergeWork& merg
 #pragma unroll
   for (int32_t i = 0; i < 2; ++i) merge.others_gave_up[i] = false;
   merge.refers_to_workspace = false;
-  merge.call = __ldcg(&kept.call);
+  // Both in one trip to memory.
   uint2 const used_slots = __ldcg(reinterpret_cast<uint2 const*>(kept.used_slots));
-  merge.slots_used_before = merge.call % 2 == 0 ? used_slots.y : used_slots.x;
+  merge.call = __ldcg(&kept.call);
   kept.call = merge.call + 1;
   if constexpr (kPollsParts<Traits>) {
+    merge.slots_used_before = merge.call % 2 == 0 ? used_slots.y : used_slots.x;
     params.kept_schedules[Worker<Traits>(params).cta()].begun = merge.call + 1;
   }
   kept.merges[(merge.call + 1) % 2] = kNobody;

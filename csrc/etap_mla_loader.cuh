@@ -359,15 +359,6 @@ __device__ void load_cache_by_gather(Params const& params, typename Traits::Shar
   cutlass::arch::cp_async_wait<0>();
 }
 
-// The places of the next call's parts, of this CTA's those that the call before has used.
-template <class Traits>
-__device__ __forceinline__ void empty_parts_of_next_call(Params const& params,
-                                                         MergeWork const& merge, int32_t thread,
-                                                         int32_t threads) {
-  empty_parts(places_of_call<Traits>(params, merge.call + 1) + 2 * blockIdx.x,
-              merge.slots_used_before, thread, threads);
-}
-
 // For the next call but one, by the CTA whose slots they are.
 template <class Traits>
 __device__ __forceinline__ void note_used_slots(Params const& params, MergeWork const& merge,

@@ -179,16 +179,16 @@ class Merge : MergeOfUnits<Traits> {
     JoinedParts<1> shares[kMergeWarps][32];
   };
 
-  // For CTA `rank` of `count` that share the units. `first_slot`: of the parts' places, which may
-  // refer to the workspace or not. If this waits for parts, until `end_of_patience` on the SM's
-  // clock.
+  // For CTA `rank` of `count` that share the units. `first_slot`: of the parts' places. Of parts
+  // that are polled, until when on the SM's clock; of those that are counted, whether some refer to
+  // the workspace.
   __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count,
-                   void const* first_slot, int64_t end_of_patience, bool may_refer)
+                   void const* first_slot, int64_t end_of_patience = 0, bool some_refer = false)
       : Base(params, rank, count),
         shared_(shared),
         first_slot_(first_slot),
         end_of_patience_(end_of_patience),
-        may_refer_(may_refer) {}
+        some_refer_(some_refer) {}
 
   // Whether this warp found all parts that it waited for.
   __device__ bool has_all() const { return has_all_; }
@@ -372,7 +372,7 @@ class Merge : MergeOfUnits<Traits> {
       } else {
         for_each(exists, load);
       }
-      if (__builtin_expect(may_refer_, 0)) found = look_at(parts);
+      if (__builtin_expect(some_refer_, 0)) found = look_at(parts);
     }
     raise_max(joined, parts);
     if (__builtin_expect(found == kPlacesInWorkspace, 0)) {
@@ -439,7 +439,7 @@ class Merge : MergeOfUnits<Traits> {
   SharedStorage& shared_;
   void const* const first_slot_;
   int64_t const end_of_patience_;
-  bool const may_refer_;
+  bool const some_refer_;
   bool has_all_ = true;
 };
 

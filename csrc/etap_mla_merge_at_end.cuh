@@ -75,12 +75,12 @@ __device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWo
         merge,
         [&](int32_t i, SplitRowTile const& split) -> MergeShares {
           if (waits_on && !merge.waits_on[i]) return {};
-          if (merge.others_gave_up[i]) return {0, split.descriptor.num_parts, true};
-          return {split.part, split.part + 1, true};
+          if (merge.others_gave_up[i]) return {0, split.descriptor.num_parts};
+          return {split.part, split.part + 1};
         },
         [&](int32_t, SplitRowTile const& split, int32_t share) {
           PolledMerge part_merge(params, shared, share, split.descriptor.num_parts, slots,
-                                 end_of_patience, true);
+                                 end_of_patience);
           part_merge.join_row_tile(split);
           has_all = has_all && part_merge.has_all();
         });
@@ -100,31 +100,40 @@ __device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWo
 
 // --- Parts that are counted ---------------------------------------------------------------------
 
+// Who has come to the merge of a row tile: CTAs, those of them that left before all had come, and
+// those whose part refers to the workspace.
+struct Arrivals {
+  uint32_t word;
+  static constexpr uint32_t kOne = 1, kOneLeft = 1 << 8, kOneRefers = 1 << 16;
+  static_assert(kMostSms < kOneLeft);
+
+  __device__ uint32_t count() const { return word % kOneLeft; }
+  __device__ bool some_left() const { return word % kOneRefers >= kOneLeft; }
+  __device__ bool some_refer() const { return word >= kOneRefers; }
+};
+
 // Comes to the merge of a row tile, and waits for the other CTAs that share it; returns whose
 // shares this one does. If a CTA gave up, the last one to come does the shares of all; then nobody
 // can give up any more.
 __device__ __forceinline__ MergeShares wait_for_parts(uint32_t& merge_state,
                                                       SplitRowTile const& split,
                                                       bool refers_to_workspace) {
-  // CTAs that came, those of them that left before all had come, and those that refer.
-  constexpr uint32_t kArrived = 0xff, kOneLeft = kArrived + 1, kOneRefers = kOneLeft << 8;
-  static_assert(kMostSms <= kArrived);
   uint32_t const num_parts = split.descriptor.num_parts;
   AtomicWord const counter(merge_state);
-  uint32_t const own = refers_to_workspace ? kOneRefers + 1 : 1;
-  uint32_t state = counter.fetch_add(own, cuda::memory_order_acq_rel) + own - kNobody;
+  uint32_t const own = Arrivals::kOne + (refers_to_workspace ? Arrivals::kOneRefers : 0);
+  Arrivals arrivals{counter.fetch_add(own, cuda::memory_order_acq_rel) + own - kNobody};
   int64_t const begin = clock64();
-  bool const is_last = (state & kArrived) == num_parts;
-  while ((state & kArrived) != num_parts) {
-    state = counter.load(cuda::memory_order_acquire) - kNobody;
-    if ((state & kArrived) == num_parts || clock64() - begin < kPatience) continue;
+  bool const is_last = arrivals.count() == num_parts;
+  while (arrivals.count() != num_parts) {
+    arrivals.word = counter.load(cuda::memory_order_acquire) - kNobody;
+    if (arrivals.count() == num_parts || clock64() - begin < kPatience) continue;
     // Not the counter's own, which would put what it compares on the stack.
-    uint32_t const seen = state + kNobody;
-    if (atomicCAS(&merge_state, seen, seen + kOneLeft) == seen) return {};
+    uint32_t const seen = arrivals.word + kNobody;
+    if (atomicCAS(&merge_state, seen, seen + Arrivals::kOneLeft) == seen) return {};
   }
-  bool const refer = state >= kOneRefers;
-  if (state % kOneRefers < kOneLeft) return {split.part, split.part + 1, refer};
-  return {0, is_last ? int32_t(num_parts) : 0, refer};
+  bool const some_refer = arrivals.some_refer();
+  if (!arrivals.some_left()) return {split.part, split.part + 1, some_refer};
+  return {0, is_last ? int32_t(num_parts) : 0, some_refer};
 }
 
 // kFolded: pieces, in calls that fold.
@@ -153,7 +162,7 @@ __device__ __forceinline__ void merge_counted_parts(Params const& params,
           AnyMerge::join_row_tile(params, scratch, share, parts, split, shared.fold.lists[i]);
         } else {
           auto const* const places = places_of_call<Traits>(params, merge.call);
-          AnyMerge(params, scratch, share, parts, places, 0, merge.shares[i].refer_to_workspace)
+          AnyMerge(params, scratch, share, parts, places, 0, merge.shares[i].some_refer)
               .join_row_tile(split);
         }
         sync_math();  // the scratch is used again

@@ -53,14 +53,18 @@ __device__ __forceinline__ PartPlaces<Traits>* places_of_call(Params const& para
   return kPollsParts<Traits> ? places + call % 2 * 2 * gridDim.x : places;
 }
 
-// Of a CTA's two slots, those of which a bit is set, by `threads` threads.
+// The places of the next call's parts: of this CTA's two slots those that the call before has used.
+// By `threads` threads.
 template <class Traits>
-__device__ __forceinline__ void empty_parts(PartPlaces<Traits>* slots, uint32_t bits,
-                                            int32_t thread, int32_t threads) {
+__device__ __forceinline__ void empty_parts_of_next_call(Params const& params,
+                                                         MergeWork const& merge, int32_t thread,
+                                                         int32_t threads) {
   constexpr int32_t kWords = sizeof(PartPlaces<Traits>) / sizeof(uint4);
+  auto* const slots = places_of_call<Traits>(params, merge.call + 1) + 2 * blockIdx.x;
+  uint32_t const used = merge.slots_used_before;
 #pragma unroll
   for (int32_t i = 0; i < 2; ++i) {
-    if ((bits >> i & 1) == 0) continue;
+    if ((used >> i & 1) == 0) continue;
     auto* const words = reinterpret_cast<uint4*>(slots + i);
 #pragma unroll 4
     for (int32_t word = thread; word < kWords; word += threads) {
@@ -209,29 +213,15 @@ __device__ __forceinline__ void refer_to_workspace(PartSlot<Traits> const& part,
   });
 }
 
-// Leaves what a warp has of a part, in Numbers::kChunks of some fragments each: there are not the
-// registers to have all of it in fp16 while it is not known whether fp16 will do. `numbers` gives a
-// chunk with each place in a part of which this thread has the numbers:
-//   numbers.as_floats(chunk, f)   f(place, float4)
-//   numbers.as_halves(chunk, f)   f(place, uint2)
-//   numbers.largest(chunk)        their magnitudes, as fp16
+// Chunks of a part that is polled: there are not the registers to have all of it in fp16 while it
+// is not known whether fp16 will do.
 template <class Traits, class Numbers>
-__device__ __forceinline__ void store_part(PartSlot<Traits> const& part, Numbers const& numbers) {
+__device__ __forceinline__ void store_polled_halves(PartSlot<Traits> const& part,
+                                                    Numbers const& numbers) {
   uint32_t* const words = part.places.numbers;
-  // As they are: but if it is not said here, behind the loop over tiles, ptxas may keep what is the
-  // same for all lanes out of uniform registers in that loop (scripts/TUNING.md).
-  __syncwarp();
-  bool const is_in_places = !is_batch_invariant(part.params);
 #pragma unroll
   for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
-    if (!is_in_places) {
-      store_in_workspace(part, numbers, chunk);
-    } else if constexpr (!kHasHalfParts<Traits>) {
-      numbers.as_floats(chunk, [words](int32_t place, float4 const& values) {
-        store_polled(words + place, make_uint2(word_of(values.x), word_of(values.y)));
-        store_polled(words + place + 2, make_uint2(word_of(values.z), word_of(values.w)));
-      });
-    } else if (__builtin_expect(suit_fp16(numbers.largest(chunk)), 1)) {
+    if (__builtin_expect(suit_fp16(numbers.largest(chunk)), 1)) {
       numbers.as_halves(
           chunk, [words](int32_t place, uint2 halves) { store_polled(words + place / 2, halves); });
     } else {
@@ -240,13 +230,11 @@ __device__ __forceinline__ void store_part(PartSlot<Traits> const& part, Numbers
   }
 }
 
-// The same of a part that is counted, which nobody looks at yet: it is stored before it is known
-// whether fp16 will do, which takes less time.
+// Of one that is counted, which nobody looks at yet: it is stored before it is known whether fp16
+// will do, which takes less time.
 template <class Traits, class Numbers>
-__device__ __forceinline__ void store_counted_part(PartSlot<Traits> const& part,
-                                                   Numbers const& numbers) {
-  static_assert(!kPollsParts<Traits>);
-  if (!kHasHalfParts<Traits> || is_batch_invariant(part.params)) return store_part(part, numbers);
+__device__ __forceinline__ void store_counted_halves(PartSlot<Traits> const& part,
+                                                     Numbers const& numbers) {
   uint32_t* const words = part.places.numbers;
   __half2 largest = {};
 #pragma unroll
@@ -263,6 +251,43 @@ __device__ __forceinline__ void store_counted_part(PartSlot<Traits> const& part,
   }
 }
 
+template <class Traits, class Numbers>
+__device__ __forceinline__ void store_floats(PartSlot<Traits> const& part, Numbers const& numbers) {
+  uint32_t* const words = part.places.numbers;
+#pragma unroll
+  for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
+    numbers.as_floats(chunk, [words](int32_t place, float4 const& values) {
+      store_polled(words + place, make_uint2(word_of(values.x), word_of(values.y)));
+      store_polled(words + place + 2, make_uint2(word_of(values.z), word_of(values.w)));
+    });
+  }
+}
+
+// Leaves what a warp has of a part, in Numbers::kChunks of some fragments each. `numbers` gives a
+// chunk with each place in a part of which this thread has the numbers:
+//   numbers.as_floats(chunk, f)   f(place, float4)
+//   numbers.as_halves(chunk, f)   f(place, uint2)
+//   numbers.largest(chunk)        their magnitudes, as fp16, if parts are polled
+template <class Traits, class Numbers>
+__device__ __forceinline__ void store_part(PartSlot<Traits> const& part, Numbers const& numbers) {
+  // As they are: but if it is not said here, behind the loop over tiles, ptxas may keep what is the
+  // same for all lanes out of uniform registers in that loop (scripts/TUNING.md).
+  __syncwarp();
+  if (is_batch_invariant(part.params)) {
+#pragma unroll
+    for (int32_t chunk = 0; chunk < Numbers::kChunks; ++chunk) {
+      store_in_workspace(part, numbers, chunk);
+    }
+  } else if constexpr (!kHasHalfParts<Traits>) {
+    store_floats(part, numbers);
+  } else if constexpr (kPollsParts<Traits>) {
+    store_polled_halves(part, numbers);
+  } else {
+    store_counted_halves(part, numbers);
+  }
+}
+
+// Of a row: maximum (base 2) and sum.
 template <class Traits>
 __device__ __forceinline__ void store_row_of_part(PartSlot<Traits> const& part, int32_t row,
                                                   float max, float sum) {
@@ -271,6 +296,18 @@ __device__ __forceinline__ void store_row_of_part(PartSlot<Traits> const& part, 
                  make_uint2(word_of(max), word_of(sum)));
   } else {
     part.params.partial_ml[part.slot * Traits::kRowTile + row] = make_float2(max, sum);
+  }
+}
+
+// Of a row of a segment: LSE or, of a part, maximum and sum.
+template <class Traits>
+__device__ __forceinline__ void write_row_statistics(Params const& params, MergeWork& merge,
+                                                     Segment const& segment, int32_t row, float max,
+                                                     float sum) {
+  if (!segment.is_whole()) {
+    store_row_of_part(PartSlot<Traits>(params, merge, segment.slot), row, max, sum);
+  } else if (params.lse != nullptr && row < segment.num_rows) {
+    params.lse[segment.packed_row + row] = log_sum_exp(params, max, sum);
   }
 }
 

@@ -222,14 +222,9 @@ class WithScores : protected Base_ {
     }
   }
 
-  // LSE or, of a part, reference and sum.
   __device__ __forceinline__ void write_statistics(int32_t i) const {
-    if (!segment().is_whole()) {
-      PartSlot<Traits> const part(params_, this->shared_.merge, segment().slot);
-      store_row_of_part(part, row(i), reference_[i], row_sum_[i]);
-    } else if (params_.lse != nullptr && row(i) < segment().num_rows) {
-      params_.lse[segment().packed_row + row(i)] = log_sum_exp(params_, reference_[i], row_sum_[i]);
-    }
+    write_row_statistics<Traits>(params_, this->shared_.merge, segment(), row(i), reference_[i],
+                                 row_sum_[i]);
   }
 
   decltype(partition_fragment_C(typename Traits::MmaQk{},
@@ -409,18 +404,6 @@ class WithOutput : protected Base_ {
     __device__ __forceinline__ uint32_t halves(int32_t i, int32_t block) const {
       return pack<cutlass::half_t>(math.output(i, block, 0), math.output(i, block, 1));
     }
-
-    __device__ __forceinline__ __half2 largest(int32_t chunk) const {
-      __half2 largest = {};
-#pragma unroll
-      for (int32_t i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int32_t block = chunk * kBlocks; block < (chunk + 1) * kBlocks; ++block) {
-          largest = larger_magnitudes(largest, halves(i, block));
-        }
-      }
-      return largest;
-    }
   };
 
   __device__ __forceinline__ void write_part(int32_t half) {
@@ -428,7 +411,7 @@ class WithOutput : protected Base_ {
     // So that no place is found before the loop over tiles, where there is no register to keep it.
     asm volatile("" : "+r"(thread));
     PartSlot<Traits> const part(params_, this->shared_.merge, segment().slot);
-    store_counted_part(part, NumbersOfPart{*this, half, thread / 32 % 4, thread % 32});
+    store_part(part, NumbersOfPart{*this, half, thread / 32 % 4, thread % 32});
   }
 };
 

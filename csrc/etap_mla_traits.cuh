@@ -214,11 +214,11 @@ struct SplitRowTile {
   int32_t tiles;
 };
 
-// CTAs that do their share of a merge; those before `end` from `first` on. Whether some numbers of
-// the parts are in the workspace, if parts are counted.
+// CTAs that do their share of a merge; those before `end` from `first` on. If parts are counted,
+// whether some refer to the workspace.
 struct MergeShares {
   int32_t first, end;
-  bool refer_to_workspace;
+  bool some_refer;
 };
 
 // What a CTA's threads tell each other of the merge.

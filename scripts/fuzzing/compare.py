@@ -29,11 +29,10 @@ Where the error comes from, to first order, for one row:
     e4m3 codes with one scale the weights are e4m3 or fp16, and products may be cut off: codes.py.
 3.  Sums over tokens, in float32 and in steps of 16: one unit of the last place a step.
 4.  What CTAs that share a row tile have of O, stored in fp16 beside results of bf16: rounded by
-    2^-11 of itself, and of small numbers half the smallest subnormal one may be lost. That is 2^-25
-    where a warp's largest number is at least 2^-8, and 2^-39 of the largest where it is smaller or
-    2^16 or more (the kernels store float32 there now, and lose less). Summed with the parts'
-    weights that is no more than 2^-11 of sum p |V| and, as the sum of a part's weights is between 1
-    and its tokens, 2^-25, or 2^-39 of as many of the request's largest value as it has tokens.
+    2^-11 of itself, and of small numbers half the smallest subnormal one may be lost, 2^-25, where
+    a warp's largest number is at least 2^-8; else they are stored in float32. Summed with the
+    parts' weights that is no more than 2^-11 of sum p |V| and, as the sum of a part's weights is
+    between 1 and its tokens, 2^-25.
 5.  O, rounded once to the output's type: the only error of an exact computation.
 
 Two criteria bound the output. By element, with certainty: 1 to 4 at their worst, put through the
