@@ -49,6 +49,8 @@ __device__ __forceinline__ void write_fp8_segment(Params const& params, MergeWor
   int32_t const row = threadIdx.x;
   if (segment.is_whole()) {
     write_fp8_output<Traits>(params, segment, thread, of_box, scale, total_sum);
+    if (params.lse == nullptr || row >= segment.num_rows) return;
+    params.lse[segment.packed_row + row] = log_sum_exp(params, reference(row), total_sum(row));
   } else {
     float scales[Traits::Boxes::kCkv];
 #pragma unroll
@@ -57,9 +59,8 @@ __device__ __forceinline__ void write_fp8_segment(Params const& params, MergeWor
       return of_box(box)(block * 4 + i) * scales[box];
     };
     store_part(part, NumbersOfPart<Traits, decltype(output)>{thread, output});
+    if (row < Traits::kRowTile) store_row_of_part(part, row, reference(row), total_sum(row));
   }
-  if (row >= Traits::kRowTile) return;
-  write_row_statistics<Traits>(params, merge, segment, row, reference(row), total_sum(row));
 }
 
 }  // namespace etap

@@ -299,18 +299,6 @@ __device__ __forceinline__ void store_row_of_part(PartSlot<Traits> const& part, 
   }
 }
 
-// Of a row of a segment: LSE or, of a part, maximum and sum.
-template <class Traits>
-__device__ __forceinline__ void write_row_statistics(Params const& params, MergeWork& merge,
-                                                     Segment const& segment, int32_t row, float max,
-                                                     float sum) {
-  if (!segment.is_whole()) {
-    store_row_of_part(PartSlot<Traits>(params, merge, segment.slot), row, max, sum);
-  } else if (params.lse != nullptr && row < segment.num_rows) {
-    params.lse[segment.packed_row + row] = log_sum_exp(params, max, sum);
-  }
-}
-
 __device__ __forceinline__ uint32_t largest_word(uint2 const& words) {
   return max(words.x, words.y);
 }

@@ -222,9 +222,14 @@ class WithScores : protected Base_ {
     }
   }
 
+  // LSE or, of a part, reference and sum.
   __device__ __forceinline__ void write_statistics(int32_t i) const {
-    write_row_statistics<Traits>(params_, this->shared_.merge, segment(), row(i), reference_[i],
-                                 row_sum_[i]);
+    if (!segment().is_whole()) {
+      PartSlot<Traits> const part(params_, this->shared_.merge, segment().slot);
+      store_row_of_part(part, row(i), reference_[i], row_sum_[i]);
+    } else if (params_.lse != nullptr && row(i) < segment().num_rows) {
+      params_.lse[segment().packed_row + row(i)] = log_sum_exp(params_, reference_[i], row_sum_[i]);
+    }
   }
 
   decltype(partition_fragment_C(typename Traits::MmaQk{},
