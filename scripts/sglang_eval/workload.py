@@ -14,8 +14,8 @@ VOCABULARY = 1024
 TOP = 8  # log-probabilities asked for at each step
 # Allowed beyond what SGLang's backends differ by among themselves: a factor and a floor.
 FACTOR, FLOOR = 1.5, 0.05
-# Where choices part, how unlike the tokens were comes in steps of a bf16 logit, 1/16 or 1/8, and the
-# largest of some twenty is a matter of chance: with FACTOR, one evidence run in two failed by a
+# Where choices part, how unlike the tokens were comes in steps of a bf16 logit, 1/16 or 1/8, and
+# the largest of some twenty is a matter of chance: with FACTOR, one evidence run in two failed by a
 # single pair of tokens, and passed when repeated. What a broken backend chooses is further off by
 # far.
 GAP_FACTOR = 3.0
