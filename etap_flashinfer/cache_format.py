@@ -171,12 +171,23 @@ def _check_flashmla(cache: Any, kpe_cache: Any, page_size: int, device: torch.de
 
 
 def check_kernel_cache(ckv_cache: torch.Tensor, kpe_cache: torch.Tensor) -> None:
-    """Check strides, alignment and size of a checked cache for the ETAP kernel."""
+    """Check strides and alignment of a checked cache for the ETAP kernel."""
     elements = validation.STRIDE_ELEMENTS
     if ckv_cache.dtype == torch.uint8:
         elements = STRIDE_BYTES
     alignment = validation.ALIGNMENT_BYTES
     validation.check_kernel_layout("ckv_cache", ckv_cache, elements, alignment)
     validation.check_kernel_layout("kpe_cache", kpe_cache, elements, alignment)
-    if ckv_cache.shape[0] == 0:
-        raise ValueError("ckv_cache has 0 pages; the ETAP kernel needs at least 1")
+
+
+def page_of_zeros(
+    ckv_cache: torch.Tensor, kpe_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache of one page for one of none, which TMA can't describe.
+
+    Nothing changes by it: pages outside a cache are read as zeros, too.
+    """
+    ckv = ckv_cache.new_zeros(1, *ckv_cache.shape[1:])
+    if kpe_cache is ckv_cache:  # one tensor holds both parts
+        return ckv, ckv
+    return ckv, kpe_cache.new_zeros(1, *kpe_cache.shape[1:])

@@ -80,6 +80,9 @@ class Executor:
                 inputs = (*inputs[:2], *cache_format.as_bytes(*inputs[2:]))
         else:
             inputs = _checked_inputs(plan.problem, inputs, self.device, is_etap)
+            if is_etap and inputs[2].shape[0] == 0:
+                inputs = (*inputs[:2], *cache_format.page_of_zeros(*inputs[2:]))
+                layout = ()  # not to be remembered: the next such call needs a page, too
             call = _checked_call(plan, layout, inputs[0])
         if return_lse or lse is not None:
             validation.check_lse_mode(plan.lse_mode, lse_base_e)

@@ -277,7 +277,7 @@ def _check_last(name: str, tensor: Any, columns: int, dtypes: tuple[torch.dtype,
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
+        raise ValueError(f"{name}.dtype is {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
     if tensor.ndim == 0 or tensor.shape[-1] != columns:
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}; the last dimension must be {columns}"

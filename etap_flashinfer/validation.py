@@ -144,7 +144,7 @@ def check_index_tensor(name: str, tensor: Any, device: torch.device) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.dtype != torch.int32:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be torch.int32")
+        raise ValueError(f"{name}.dtype is {tensor.dtype}; it must be torch.int32")
     if tensor.ndim != 1 or not tensor.is_contiguous():
         raise ValueError(
             f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}; it must "
@@ -344,7 +344,7 @@ def check_tensor(
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.dtype not in dtypes:
         planned = " or ".join(map(str, dtypes))
-        raise ValueError(f"{name} has dtype {tensor.dtype}; planned: {planned}")
+        raise ValueError(f"{name}.dtype is {tensor.dtype}; planned: {planned}")
     if tensor.device != device:
         raise ValueError(
             f"{name} is on {tensor.device}; it must be on the workspace's device, {device}"

@@ -13,6 +13,7 @@ Evidence is stale when it was measured with other kernel sources than those unde
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import pathlib
 import re
@@ -179,7 +180,8 @@ def validation_table(found: Found) -> str:
 
 
 def reliability_table(found: Found) -> str:
-    """Random calls, the cost of validate and the long run, as far as they were measured."""
+    """Random calls, FlashInfer's own tests, the cost of validate and the long run, as far as they
+    were measured."""
     rows, sources = [], []
     if "fuzz" in found:
         sources.append(found["fuzz"])
@@ -189,6 +191,16 @@ def reliability_table(found: Found) -> str:
             rows.append(
                 [f"{run['cases']:,} random calls against float64 (seed {run['seed']})", text]
             )
+    if "flashinfer_suite" in found:
+        suite = found["flashinfer_suite"]
+        sources.append(suite)
+        total: collections.Counter[str] = collections.Counter()
+        for counts in suite["tests"].values():
+            total.update(counts)
+        text = (
+            f"{total['passed']:,} passed, {len(suite['failed'])} failed, {total['differs']} differ"
+        )
+        rows.append([f"FlashInfer {suite['suite']['version']}'s own tests of the wrapper", text])
     if "plan_check" in found:
         sources.append(found["plan_check"])
         for plan in found["plan_check"]["plans"]:
@@ -288,7 +300,7 @@ def _step(figures: dict[str, Any] | None) -> str:
 
 EVIDENCE = (
     *("decode", "validation", "sglang", "fuzz", "plan_check", "soak"),
-    *("l2_tiles", "h20_emulation"),
+    *("l2_tiles", "h20_emulation", "flashinfer_suite"),
 )
 TABLES = {
     "batch-context": ("decode", batch_context_table),

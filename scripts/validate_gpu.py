@@ -38,6 +38,7 @@ SANITIZER_TOOLS = {
     "initcheck": (),
 }
 SANITIZER_ERROR = 9
+PRINT_LIMIT = 10_000  # reports a tool prints; by default 100, which may leave kernels unnamed
 TAIL_LINES = 25
 _REPORTED_KERNEL = re.compile(r"etap_mla_\w*kernel<(.+>)>\(etap::Params")
 
@@ -141,6 +142,7 @@ def run_sanitizer(tool: str, child: dict[str, str], timeout: float) -> dict[str,
     if program is None:
         return {"outcome": "not run: compute-sanitizer is not on PATH", "kernels": []}
     command = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
+    command += ["--print-limit", str(PRINT_LIMIT)]
     command += [sys.executable, "scripts/sanitize_cases.py", *SANITIZER_TOOLS[tool]]
     started = time.monotonic()
     try:

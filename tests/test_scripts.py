@@ -429,6 +429,12 @@ def test_reliability_table_takes_what_there_is(project):
     written = readme.read_text()
     assert "| `plan()` of 16 x 64K, page 1 | 40 us, with `validate=True` 250 us |" in written
     assert written.count("NVIDIA H200") == 1
+    tests = {"one": {"passed": 1200, "differs": 1}, "other": {"passed": 30, "failed": 1}}
+    suite = {"suite": {"version": "0.6.14"}, "tests": tests, "failed": ["other[16]"]}
+    evidence.write(results / "flashinfer_suite.json", fresh | suite)
+    assert readme_tables.main(arguments) == 0
+    row = "| FlashInfer 0.6.14's own tests of the wrapper | 1,230 passed, 1 failed, 1 differ"
+    assert row in readme.read_text()
 
 
 def test_stale_evidence_fails_the_check(project, capsys):

@@ -67,7 +67,7 @@ def test_every_run_is_checked_whatever_ran_before(kernel: FakeKernel, name: str)
     good = inputs[name]
     rows = good.new_empty(*good.shape[:2], good.shape[2] + 4)
     for bad, message in (
-        (good.half(), "has dtype torch.float16"),
+        (good.half(), "dtype is torch.float16"),
         (torch.empty(good.shape, dtype=good.dtype), "is on cpu"),
         (rows[..., : good.shape[2]], "multiples of 8 elements"),
         (rows, r"has shape .*; planned"),
@@ -476,3 +476,25 @@ def test_import_needs_torch_alone() -> None:
         "sys.exit(any(name in sys.modules for name in ('flashinfer', 'tvm_ffi', 'jinja2')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("cache_format", [None, "fp8_e4m3", "flashmla_656"])
+def test_a_cache_without_pages_becomes_a_page_of_zeros(
+    kernel: FakeKernel, cache_format: str | None
+) -> None:
+    """TMA has no tensors of no size; requests of no tokens, or of pages outside, are served."""
+    wrapper = make_wrapper()
+    kv_type = torch.bfloat16 if cache_format is None else torch.float8_e4m3fn
+    wrapper.plan(**plan_arguments(kv_data_type=kv_type), kv_cache_format=cache_format)
+    width = 656 if cache_format == "flashmla_656" else 576
+    pool = torch.empty(0, 64, width, dtype=kv_type, device="meta")
+    parts = (pool, None) if width == 656 else (pool[..., :512], pool[..., 512:])
+    inputs = run_inputs() | dict(zip(("ckv_cache", "kpe_cache"), parts, strict=True))
+    for _ in range(2):  # not once and then remembered as checked
+        wrapper.run(**inputs)
+    for _, arguments in kernel.calls:
+        ckv, kpe = arguments[4:6]
+        assert ckv.shape == (1, 64, 656 if width == 656 else 512)
+        assert kpe.shape == (1, 64, 656 if width == 656 else 64)
+        assert (kpe is ckv) == (width == 656)
+    assert len(kernel.calls) == 2

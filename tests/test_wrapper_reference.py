@@ -192,6 +192,17 @@ def test_no_queries(batch_size: int) -> None:
     assert lse.shape == (0, problem.num_heads)
 
 
+def test_a_cache_without_pages() -> None:
+    """As FlashInfer's own tests have it."""
+    problem = PagedProblem([1, 2], [0, 0])
+    q_nope, q_pe, ckv, kpe = problem.inputs
+    wrapper = make_wrapper()
+    wrapper.plan(**problem.plan_arguments)
+    out, lse = wrapper.run(q_nope, q_pe, ckv[:0], kpe[:0], return_lse=True)
+    assert out.count_nonzero() == 0
+    assert lse.eq(-torch.inf).all()
+
+
 def test_replan_changes_the_problem() -> None:
     wrapper = make_wrapper()
     for problem in (PagedProblem([1], [9]), PagedProblem([2, 1], [3, 8], num_heads=2, causal=True)):

@@ -140,6 +140,19 @@ def test_pages_outside_the_pool_read_as_zero(page_size, seed):
     check(problem, *run_once(problem))
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+def test_a_pool_without_pages(heads, page_size, seed):
+    """As FlashInfer's own tests have it for requests of no tokens; pages listed are outside it."""
+    problem = make_problem(seed, [1, 3, 1], [0, 0, 130], heads, page_size, causal=True)
+    problem = dataclasses.replace(problem, ckv=problem.ckv[:0], kpe=problem.kpe[:0])
+    for _ in range(2):
+        out, lse = run_once(problem)
+        assert out.count_nonzero() == 0
+        assert lse[:4].eq(-math.inf).all()
+        check_lse(lse[4:], torch.full_like(lse[4:], math.log2(130)))
+
+
 @pytest.mark.parametrize("length", [-1, -(2**31), 10**6, 2**31 - 1])
 def test_lengths_beyond_the_pages_given(length, seed):
     """A length is clamped to 0 and to what the request's pages hold."""
