@@ -75,17 +75,19 @@ __device__ __forceinline__ void begin_call(Params const& params, MergeWork& merg
   KeptSchedule& kept = params.kept_schedules[blockIdx.x];
   if (threadIdx.x < 2) merge.split_row_tiles[threadIdx.x] = {};
   if (threadIdx.x != kThreads - 1) return;
-#pragma unroll
-  for (int32_t i = 0; i < 2; ++i) merge.others_gave_up[i] = false;
-  merge.refers_to_workspace = false;
-  // Both in one trip to memory.
-  uint2 const used_slots = __ldcg(reinterpret_cast<uint2 const*>(kept.used_slots));
-  merge.call = __ldcg(&kept.call);
-  kept.call = merge.call + 1;
   if constexpr (kPollsParts<Traits>) {
+#pragma unroll
+    for (int32_t i = 0; i < 2; ++i) merge.others_gave_up[i] = false;
+    // With the number of the call, in one trip to memory.
+    uint2 const used_slots = __ldcg(reinterpret_cast<uint2 const*>(kept.used_slots));
+    merge.call = __ldcg(&kept.call);
     merge.slots_used_before = merge.call % 2 == 0 ? used_slots.y : used_slots.x;
     params.kept_schedules[Worker<Traits>(params).cta()].begun = merge.call + 1;
+  } else {
+    merge.call = __ldcg(&kept.call);
+    merge.refers_to_workspace = false;
   }
+  kept.call = merge.call + 1;
   kept.merges[(merge.call + 1) % 2] = kNobody;
 }
 

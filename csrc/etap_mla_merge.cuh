@@ -161,6 +161,21 @@ class MergeOfUnits {
   int32_t const lane_ = threadIdx.x % 32;
 };
 
+// The parts that a merge joins.
+struct PartsToJoin {
+  void const* first_slot;       // numbers of the first slot's part
+  int64_t end_of_patience = 0;  // if they are polled: on the SM's clock
+  bool some_refer = false;      // to the workspace, if they are counted
+
+  __device__ static PartsToJoin polled(void const* places, int64_t end_of_patience) {
+    return {places, end_of_patience};
+  }
+  __device__ static PartsToJoin counted(void const* places, bool some_refer) {
+    return {places, 0, some_refer};
+  }
+  __device__ static PartsToJoin in_workspace(Params const& params) { return {params.partial_out}; }
+};
+
 // kInPlaces: of parts in the places of a call; else of parts in the workspace.
 template <class Traits, bool kInPlaces>
 class Merge : MergeOfUnits<Traits> {
@@ -179,51 +194,44 @@ class Merge : MergeOfUnits<Traits> {
     JoinedParts<1> shares[kMergeWarps][32];
   };
 
-  // For CTA `rank` of `count` that share the units. `first_slot`: of the parts' places. Of parts
-  // that are polled, until when on the SM's clock; of those that are counted, whether some refer to
-  // the workspace.
+  // For CTA `rank` of `count` that share the units.
   __device__ Merge(Params const& params, SharedStorage& shared, int32_t rank, int32_t count,
-                   void const* first_slot, int64_t end_of_patience = 0, bool some_refer = false)
-      : Base(params, rank, count),
-        shared_(shared),
-        first_slot_(first_slot),
-        end_of_patience_(end_of_patience),
-        some_refer_(some_refer) {}
+                   PartsToJoin const& parts)
+      : Base(params, rank, count), shared_(shared), parts_(parts) {}
 
-  // Whether this warp found all parts that it waited for.
-  __device__ bool has_all() const { return has_all_; }
-
-  // Of one row tile, by the CTAs that have its parts.
-  __device__ void join_row_tile(SplitRowTile const& split) {
+  // Of one row tile, by the CTAs that have its parts. Whether this warp found all parts that it
+  // waited for; so below.
+  __device__ bool join_row_tile(SplitRowTile const& split) {
     auto const find = [&split](int32_t) { return split; };
-    if (kUnitsPerRowTile > count_ * kMergeWarps) {
-      int32_t box = warp_ * count_ + rank_;
+    if (kUnitsPerRowTile <= count_ * kMergeWarps) return join_units(kUnitsPerRowTile, 3, find);
+    bool are_there = true;
+    int32_t box = warp_ * count_ + rank_;
 #pragma unroll 1
-      for (; box < kUnitsPerRowTile / kUnitsOfBox; box += count_ * kMergeWarps) {
-        join_box(split, box);
-      }
-    } else {
-      join_units(kUnitsPerRowTile, 3, find);
+    for (; box < kUnitsPerRowTile / kUnitsOfBox; box += count_ * kMergeWarps) {
+      are_there &= join_box(split, box);
     }
+    return are_there;
   }
 
   // Units of several row tiles: `find` gives the i-th of these. At most 1 << most_log_units units
   // at once in a CTA; as few as leave none to a second round.
   template <class Find>
-  __device__ void join_units(int32_t num_units, int32_t most_log_units, Find const& find) {
+  __device__ bool join_units(int32_t num_units, int32_t most_log_units, Find const& find) {
     int32_t log_units = 0;
     while (log_units < most_log_units && num_units > count_ << log_units) ++log_units;
+    bool are_there = true;
     int32_t first = rank_ << log_units;
     for (; first < num_units; first += count_ << log_units) {
       uint32_t const unit = first + (warp_ & ((1 << log_units) - 1));
-      join(find(unit / kUnitsPerRowTile), unit % kUnitsPerRowTile, log_units);
+      are_there &= join(find(unit / kUnitsPerRowTile), unit % kUnitsPerRowTile, log_units);
     }
+    return are_there;
   }
 
  private:
   // Warp w of the CTA works on the parts w >> log_units, + num_shares, ... of its unit, if there
   // are so many shares.
-  __device__ void join(SplitRowTile const& split, uint32_t unit, int32_t log_units) {
+  __device__ bool join(SplitRowTile const& split, uint32_t unit, int32_t log_units) {
     int32_t const share = warp_ >> log_units;
     int32_t const row_block = unit / kUnitsPerBlock;
     int32_t const box = unit / 4 % kCkvBoxes, fragment_warp = unit % 4;
@@ -242,12 +250,12 @@ class Merge : MergeOfUnits<Traits> {
     bool const has_other_warps = log_units < 3;
     if (has_other_warps) are_there = add_shares(joined, share, num_shares, log_units, are_there);
     if (share == 0 && are_there) write_unit(joined, descriptor, unit);
-    has_all_ = has_all_ && are_there;
     if (has_other_warps) sync_math();  // the next units use the same shared memory
+    return are_there;
   }
 
   // Four units, with all parts; numbered as units are.
-  __device__ void join_box(SplitRowTile const& split, uint32_t number_of_box) {
+  __device__ bool join_box(SplitRowTile const& split, uint32_t number_of_box) {
     int32_t const box = number_of_box % kCkvBoxes;
     int32_t const row_block = number_of_box / kCkvBoxes;
     MergeDescriptor const& descriptor = split.descriptor;
@@ -258,7 +266,7 @@ class Merge : MergeOfUnits<Traits> {
           joined, descriptor.num_parts, slots_of(split.number), part, 1, box, row_block, 0);
     }
     if (are_there) write_box(joined, descriptor, row_block, box);
-    has_all_ = has_all_ && are_there;
+    return are_there;
   }
 
   // The parts' slots. Of a row tile that begins in CTA `number`, the beginning lies in that CTA's
@@ -340,7 +348,8 @@ class Merge : MergeOfUnits<Traits> {
                              int32_t first_part, int32_t stride, int32_t box, int32_t row_block,
                              int32_t fragment_warp) {
     int32_t const place = place_in_part<kRowTile>(box, row_block, fragment_warp, lane_);
-    PartSource<kUnits> const source(params_, first_slot_, place, row_block * 8 + 2 * (lane_ % 4));
+    PartSource<kUnits> const source(params_, parts_.first_slot, place,
+                                    row_block * 8 + 2 * (lane_ % 4));
     Part<kUnits> parts[kInFlight];
     int32_t const first_slot = first_part == 0 ? slots.beginning() : slots.continuation(first_part);
     auto const for_each = [&](auto const& exists, auto const& f) {
@@ -362,7 +371,7 @@ class Merge : MergeOfUnits<Traits> {
       do {
         for_each(exists, load);
         found = look_at(parts);
-      } while (found == kNothing && clock64() < end_of_patience_);
+      } while (found == kNothing && clock64() < parts_.end_of_patience);
     } else {
       // As most are: without a question for each part, and with fewer instructions, all of which
       // count. But less than to bring instructions for both cases, where nothing else is waited
@@ -372,7 +381,7 @@ class Merge : MergeOfUnits<Traits> {
       } else {
         for_each(exists, load);
       }
-      if (__builtin_expect(some_refer_, 0)) found = look_at(parts);
+      if (__builtin_expect(parts_.some_refer, 0)) found = look_at(parts);
     }
     raise_max(joined, parts);
     if (__builtin_expect(found == kPlacesInWorkspace, 0)) {
@@ -437,10 +446,7 @@ class Merge : MergeOfUnits<Traits> {
   }
 
   SharedStorage& shared_;
-  void const* const first_slot_;
-  int64_t const end_of_patience_;
-  bool const some_refer_;
-  bool has_all_ = true;
+  PartsToJoin const parts_;
 };
 
 }  // namespace etap

@@ -79,10 +79,9 @@ __device__ __forceinline__ void merge_polled_parts(Params const& params, MergeWo
           return {split.part, split.part + 1};
         },
         [&](int32_t, SplitRowTile const& split, int32_t share) {
-          PolledMerge part_merge(params, shared, share, split.descriptor.num_parts, slots,
-                                 end_of_patience);
-          part_merge.join_row_tile(split);
-          has_all = has_all && part_merge.has_all();
+          auto const parts = PartsToJoin::polled(slots, end_of_patience);
+          PolledMerge part_merge(params, shared, share, split.descriptor.num_parts, parts);
+          has_all &= part_merge.join_row_tile(split);
         });
     if (!sync_math_or(!has_all) || waits_on) return;
     // Of both row tiles: to join one again does no harm.
@@ -157,13 +156,13 @@ __device__ __forceinline__ void merge_counted_parts(Params const& params,
   for_each_share(
       merge, [&merge](int32_t i, SplitRowTile const&) -> MergeShares { return merge.shares[i]; },
       [&](int32_t i, SplitRowTile const& split, int32_t share) {
-        int32_t const parts = split.descriptor.num_parts;
+        int32_t const count = split.descriptor.num_parts;
         if constexpr (kFolded) {
-          AnyMerge::join_row_tile(params, scratch, share, parts, split, shared.fold.lists[i]);
+          AnyMerge::join_row_tile(params, scratch, share, count, split, shared.fold.lists[i]);
         } else {
-          auto const* const places = places_of_call<Traits>(params, merge.call);
-          AnyMerge(params, scratch, share, parts, places, 0, merge.shares[i].some_refer)
-              .join_row_tile(split);
+          auto const parts = PartsToJoin::counted(places_of_call<Traits>(params, merge.call),
+                                                  merge.shares[i].some_refer);
+          AnyMerge(params, scratch, share, count, parts).join_row_tile(split);
         }
         sync_math();  // the scratch is used again
       });

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeCtasPerSm)
   using MergeOfWorkspace = Merge<Traits, false>;
   constexpr int32_t kUnits = MergeOfWorkspace::kUnitsPerRowTile;
   __shared__ typename MergeOfWorkspace::SharedStorage shared;
-  MergeOfWorkspace merge(params, shared, blockIdx.x, gridDim.x, params.partial_out);
+  MergeOfWorkspace merge(params, shared, blockIdx.x, gridDim.x, PartsToJoin::in_workspace(params));
   DescriptorSearch search(params);
   auto const find = [&search](int32_t i) { return search.find(i); };
 #pragma unroll 1  // so that the rehearsal runs the same instructions

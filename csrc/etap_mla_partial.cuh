@@ -200,11 +200,12 @@ __device__ __forceinline__ void store_in_workspace(PartSlot<Traits> const& part,
   });
 }
 
-// The same, and a word in the places.
+// The same, and a word in the places; who counts parts is told that there are such words, who polls
+// looks at all of them.
 template <class Traits, class Numbers>
 __device__ __forceinline__ void refer_to_workspace(PartSlot<Traits> const& part,
                                                    Numbers const& numbers, int32_t chunk) {
-  part.merge.refers_to_workspace = true;
+  if constexpr (!kPollsParts<Traits>) part.merge.refers_to_workspace = true;
   store_in_workspace(part, numbers, chunk);
   __threadfence();
   uint32_t* const words = part.places.numbers;

@@ -224,13 +224,15 @@ struct MergeShares {
 // What a CTA's threads tell each other of the merge.
 struct MergeWork {
   SplitRowTile split_row_tiles[2];  // one that began in an earlier CTA, one that goes on in a later
-  MergeShares shares[2];            // that this CTA does of them, if parts are counted
   uint32_t call;                    // its number
-  uint32_t slots_used_before;       // of this CTA, by the call before
-  // Else, of each of them: whether parts have been missing for too long for another CTA; and, if
-  // they were for this one, whether all that are missing will come.
+  // If parts are polled: this CTA's slots that the call before used; and, of each row tile, whether
+  // parts have been missing for too long for another CTA, or for this one, and will all come.
+  uint32_t slots_used_before;
   bool others_gave_up[2], waits_on[2];
-  bool refers_to_workspace;  // for some numbers of a part that this CTA leaves
+  // If they are counted: of each row tile, the shares that this CTA does; and whether a part that
+  // it leaves refers to the workspace.
+  MergeShares shares[2];
+  bool refers_to_workspace;
 };
 
 struct Params {
