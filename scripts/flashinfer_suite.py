@@ -191,14 +191,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     path = (options.out or evidence.default_directory()) / "flashinfer_suite.json"
     header = evidence.header(evidence.check_sources_match(), None)
-    del header["read_ceiling_gbps"]
     found = run_all(checkout, options.workers, options.pytest)
     differences = {name: reason for name, (reason, _) in DIFFERENCES.items()}
     command = f"python scripts/flashinfer_suite.py --checkout suite --workers {options.workers}"
     content = header | {"command": command, "suite": suite_version(checkout)}
-    content |= {"differences": differences} | found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    evidence.write(path, content | {"differences": differences, "cases": []} | found)
     for name, counts in found["tests"].items():
         print(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     for name in found["failed"]:

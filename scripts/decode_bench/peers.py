@@ -107,9 +107,9 @@ class FixedSplitPeer(WrapperPeer):
     """Ours, batch-invariant, with parts of ``tokens``; for the cells of "fixed-split"."""
 
     def __init__(self, wrapper_class: type, tokens: int):
-        # 64 parts of 2,056 bytes for each row of 64 queries x 16 heads, and more.
+        # 64 parts of 2,056 bytes for each row of 64 queries x 64 heads, and more.
         name = f"etap_fixed_split_{tokens}"
-        super().__init__(name, wrapper_class, "etap", workspace_bytes=256 << 20)
+        super().__init__(name, wrapper_class, "etap", ("same", "fp8"), workspace_bytes=1 << 30)
         self.tokens = tokens
 
     def plan(self, inputs: Inputs) -> None:
