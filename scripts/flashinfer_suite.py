@@ -24,7 +24,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from decode_bench import evidence
@@ -33,16 +33,23 @@ TESTS = pathlib.Path("tests/attention")
 TEST_FILES = (TESTS / "test_deepseek_mla.py", TESTS / "test_mla_decode_kernel.py")
 CHOSEN = ("test_batch_mla", "test_fp8_kv", "test_mla_page_index")
 
-# What our wrapper does instead of what a test asks for, and what the test's failure says then.
-WITHOUT_KPE = ("without kpe stock FlashInfer serves, with backend='auto'", "head_dim_kpe 0")
+
+class Difference(NamedTuple):
+    """What our wrapper does instead of what a test asks for, and what its failure says then."""
+
+    reason: str
+    failure: str
+
+
+WITHOUT_KPE = Difference(
+    "without kpe stock FlashInfer serves, with backend='auto'", "head_dim_kpe 0"
+)
 DIFFERENCES = {
-    "test_fp8_kv_plan_rejects_fp16_q": (
-        "fp16 queries with an fp8 cache are served",
-        "DID NOT RAISE",
+    "test_fp8_kv_plan_rejects_fp16_q": Difference(
+        "fp16 queries with an fp8 cache are served", "DID NOT RAISE"
     ),
-    "test_fp8_kv_requires_scales": (
-        "scales are 1.0 if not given, as SGLang stores its cache",
-        "DID NOT RAISE",
+    "test_fp8_kv_requires_scales": Difference(
+        "scales are 1.0 if not given, as SGLang stores its cache", "DID NOT RAISE"
     ),
     "test_batch_mla_without_kpe": WITHOUT_KPE,
     "test_batch_mla_fp8_nope_group_scales_matches_bf16_reference": WITHOUT_KPE,
@@ -73,22 +80,19 @@ class Suite:
         # A fixture would compile stock kernels, which nothing here runs.
         flashinfer.utils.has_flashinfer_jit_cache = lambda: True
 
-    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         chosen = [item for item in items if self._is_chosen(item)]
-        left_out = [item for item in items if not self._is_chosen(item)]
-        mine = chosen[self.part :: self.parts]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = mine
+        items[:] = chosen[self.part :: self.parts]
         for item in items:
             if item.originalname in DIFFERENCES:
-                reason, _ = DIFFERENCES[item.originalname]
+                reason = DIFFERENCES[item.originalname].reason
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
     @staticmethod
     def _is_chosen(item: Any) -> bool:
-        name = item.originalname
-        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        return name.startswith(CHOSEN) and backend in (None, "fa3")
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        is_first = parameters.get("backend", "fa3") == "fa3"
+        return item.originalname.startswith(CHOSEN) and is_first
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -97,8 +101,8 @@ class Suite:
         function = name.split("[")[0]
         outcome = report.outcome
         if hasattr(report, "wasxfail"):
-            _, said = DIFFERENCES[function]
-            outcome = "differs" if said in str(report.longrepr) else "failed"
+            is_meant = DIFFERENCES[function].failure in str(report.longrepr)
+            outcome = "differs" if is_meant else "failed"
         self.counts[function][outcome] += 1
         if outcome == "failed":
             self.failed.append(name)
@@ -125,12 +129,8 @@ def run_all(checkout: pathlib.Path, workers: int, extra: list[str]) -> dict[str,
     with tempfile.TemporaryDirectory() as directory:
         results = [pathlib.Path(directory) / f"{part}.json" for part in range(workers)]
         command = [sys.executable, __file__, "--checkout", str(checkout)]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            # FlashInfer's tests empty PyTorch's cache when it holds so much of the GPU.
-            "FLASHINFER_TEST_MEMORY_THRESHOLD": str(0.5 / workers),
-        }
+        # FlashInfer's tests empty PyTorch's cache when it holds so much of the GPU.
+        environment = os.environ | {"FLASHINFER_TEST_MEMORY_THRESHOLD": str(0.5 / workers)}
         processes = [
             subprocess.Popen(
                 [*command, "--part", str(part), str(workers), str(result), "--", *extra],
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = (options.out or evidence.default_directory()) / "flashinfer_suite.json"
     header = evidence.header(evidence.check_sources_match(), None)
     found = run_all(checkout, options.workers, options.pytest)
-    differences = {name: reason for name, (reason, _) in DIFFERENCES.items()}
+    differences = {name: difference.reason for name, difference in DIFFERENCES.items()}
     command = f"python scripts/flashinfer_suite.py --checkout suite --workers {options.workers}"
     content = header | {"command": command, "suite": suite_version(checkout)}
     evidence.write(path, content | {"differences": differences, "cases": []} | found)

@@ -194,9 +194,7 @@ def reliability_table(found: Found) -> str:
     if "flashinfer_suite" in found:
         suite = found["flashinfer_suite"]
         sources.append(suite)
-        total: collections.Counter[str] = collections.Counter()
-        for counts in suite["tests"].values():
-            total.update(counts)
+        total = sum(map(collections.Counter, suite["tests"].values()), collections.Counter())
         text = (
             f"{total['passed']:,} passed, {len(suite['failed'])} failed, {total['differs']} differ"
         )

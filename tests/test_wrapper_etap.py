@@ -478,23 +478,26 @@ def test_import_needs_torch_alone() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("cache_format", [None, "fp8_e4m3", "flashmla_656"])
+@pytest.mark.parametrize(
+    ("cache_format", "widths"),
+    [(None, (512, 64)), ("fp8_e4m3", (512, 64)), ("flashmla_656", (656, 656))],
+)
 def test_a_cache_without_pages_becomes_a_page_of_zeros(
-    kernel: FakeKernel, cache_format: str | None
+    kernel: FakeKernel, cache_format: str | None, widths: tuple[int, int]
 ) -> None:
     """TMA has no tensors of no size; requests of no tokens, or of pages outside, are served."""
     wrapper = make_wrapper()
     kv_type = torch.bfloat16 if cache_format is None else torch.float8_e4m3fn
     wrapper.plan(**plan_arguments(kv_data_type=kv_type), kv_cache_format=cache_format)
-    width = 656 if cache_format == "flashmla_656" else 576
-    pool = torch.empty(0, 64, width, dtype=kv_type, device="meta")
-    parts = (pool, None) if width == 656 else (pool[..., :512], pool[..., 512:])
+    is_packed = cache_format == "flashmla_656"
+    pool = torch.empty(0, 64, 656 if is_packed else 576, dtype=kv_type, device="meta")
+    parts = (pool, None) if is_packed else (pool[..., :512], pool[..., 512:])
     inputs = run_inputs() | dict(zip(("ckv_cache", "kpe_cache"), parts, strict=True))
     for _ in range(2):  # not once and then remembered as checked
         wrapper.run(**inputs)
     for _, arguments in kernel.calls:
         ckv, kpe = arguments[4:6]
-        assert ckv.shape == (1, 64, 656 if width == 656 else 512)
-        assert kpe.shape == (1, 64, 656 if width == 656 else 64)
-        assert (kpe is ckv) == (width == 656)
+        assert ckv.shape == (1, 64, widths[0])
+        assert kpe.shape == (1, 64, widths[1])
+        assert (kpe is ckv) == is_packed
     assert len(kernel.calls) == 2
